@@ -1,0 +1,315 @@
+"""Bit-widths a network may take, policies (one width per layer), samplers, and policy files.
+
+A policy is an int32 vector ``[L]`` of *widths* (2, 3, 4 - never indices), in the order in which
+data meets the layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitmixer_jax.errors import UserError
+
+POLICY_FORMAT = "bitmixer-policy"
+POLICY_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BitSpace:
+    """The widths that each layer of a network may take.
+
+    Attributes:
+      choices: ascending widths in bits, each from 2 to 8.
+
+    Raises:
+      UserError: choices are empty, not ascending, or outside 2..8. One bit needs a sign
+        quantiser, which this library does not have.
+    """
+
+    choices: tuple[int, ...] = (2, 3, 4)
+
+    def __post_init__(self) -> None:
+        choices = tuple(self.choices)
+        if not choices or not all(
+            isinstance(c, int | np.integer) and not isinstance(c, bool) for c in choices
+        ):
+            raise UserError(f"bit-widths: got {self.choices!r}; give whole numbers such as (2, 3, 4)")
+        if list(choices) != sorted(set(choices)):
+            raise UserError(f"bit-widths: got {choices}; give each once, in ascending order")
+        if choices[0] < 1 or choices[-1] > 8:
+            raise UserError(f"bit-widths: got {choices}; each must lie in 2..8")
+        if choices[0] == 1:
+            raise UserError(
+                f"bit-widths: got {choices}; 1 bit needs a sign quantiser, which is not built yet: "
+                "start at 2"
+            )
+        object.__setattr__(self, "choices", tuple(int(c) for c in choices))
+
+    @property
+    def n(self) -> int:
+        """Number of widths."""
+        return len(self.choices)
+
+    @property
+    def narrowest(self) -> int:
+        """Smallest width, in bits."""
+        return self.choices[0]
+
+    @property
+    def widest(self) -> int:
+        """Largest width, in bits: the one at which nested weights are stored."""
+        return self.choices[-1]
+
+    def uniform(self, width: int, num_layers: int) -> np.ndarray:
+        """The policy that runs all ``num_layers`` layers at ``width`` bits: int32 ``[L]``."""
+        return self.check(np.full(num_layers, width, np.int32), num_layers)
+
+    def check(self, widths: Any, num_layers: int | None = None) -> np.ndarray:
+        """Returns ``widths`` as an int32 ``[L]`` array (or ``[M, L]``: M policies), or raises.
+
+        Raises:
+          UserError: not whole numbers, the wrong length, or a width outside ``choices``.
+        """
+        policy = np.asarray(widths)
+        if policy.ndim not in (1, 2) or not np.issubdtype(policy.dtype, np.integer):
+            raise UserError(
+                f"policy: got {widths!r}; give one whole number of bits per layer, from {self.choices}"
+            )
+        if num_layers is not None and policy.shape[-1] != num_layers:
+            raise UserError(
+                f"policy: {policy.shape[-1]} widths for a network of {num_layers} layers; "
+                "give one width per layer"
+            )
+        unknown = sorted(set(policy.ravel().tolist()) - set(self.choices))
+        if unknown:
+            layer = int(np.argwhere(~np.isin(policy, self.choices))[0][-1])
+            raise UserError(
+                f"policy: width {unknown[0]} (layer {layer}) is not one that this network was built "
+                f"for; choose from {self.choices}"
+            )
+        return policy.astype(np.int32)
+
+    def index(self, width: Any) -> Any:
+        """Position of ``width`` in ``choices``: an int for an int, int32 for (traced) arrays.
+
+        A traced width that is not in ``choices`` cannot raise; it maps to 0, and the model turns
+        the logits into NaN (`valid`).
+        """
+        if isinstance(width, int):
+            return self.choices.index(width)
+        table = jnp.asarray(self.choices, jnp.int32)
+        return jnp.argmax(jnp.asarray(width)[..., None] == table, axis=-1).astype(jnp.int32)
+
+    def valid(self, widths: jax.Array) -> jax.Array:
+        """Whether all (traced) ``widths`` are among the choices: a bool scalar."""
+        return jnp.isin(widths, jnp.asarray(self.choices, jnp.int32)).all()
+
+
+def _per_group(values: jax.Array, groups: Sequence[int] | None) -> jax.Array:
+    """Gives each layer the value drawn for its group; without groups each layer is its own."""
+    return values if groups is None else values[jnp.asarray(groups, jnp.int32)]
+
+
+def sample_uniform(key: jax.Array, space: BitSpace, num_layers: int) -> jax.Array:
+    """Draws one width for the whole network: int32 ``[L]``. Consumes ``key``."""
+    choices = jnp.asarray(space.choices, jnp.int32)
+    return jnp.full(num_layers, jax.random.choice(key, choices), jnp.int32)
+
+
+def sample_random(
+    key: jax.Array, space: BitSpace, num_layers: int, groups: Sequence[int] | None = None
+) -> jax.Array:
+    """Draws a width for each layer (or each group of layers): int32 ``[L]``. Consumes ``key``.
+
+    Args:
+      groups: ``[L]`` group of each layer, when the layers of a block share one width.
+    """
+    choices = jnp.asarray(space.choices, jnp.int32)
+    return _per_group(jax.random.choice(key, choices, (num_layers,)), groups)
+
+
+def sample_mixed(
+    key: jax.Array,
+    space: BitSpace,
+    num_layers: int,
+    rho: jax.Array | float,
+    groups: Sequence[int] | None = None,
+    network: int | None = None,
+) -> jax.Array:
+    """Draws one width for the network, then lets each layer draw its own with probability ``rho``.
+
+    Stage 3 of Bit-Mixer (our reading): rho ramps from 0 (network-wide) to 1 (layer-wise).
+
+    Args:
+      rho: probability, 0..1; may be traced.
+      groups: as in `sample_random`.
+      network: the network-wide width, instead of a drawn one.
+
+    Returns:
+      int32 ``[L]``. Consumes ``key``.
+    """
+    wide, own, coin = jax.random.split(key, 3)
+    departs = _per_group(jax.random.bernoulli(coin, rho, (num_layers,)), groups)
+    if network is None:
+        base = sample_uniform(wide, space, num_layers)
+    else:
+        base = jnp.full(num_layers, network, jnp.int32)
+    return jnp.where(departs, sample_random(own, space, num_layers, groups), base)
+
+
+def sample_average(
+    key: jax.Array,
+    space: BitSpace,
+    num_layers: int,
+    average: float,
+    groups: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Draws, with equal probability, one of the policies whose widths average ``average`` bits.
+
+    Runs on the host (it counts the policies of each sum), so it cannot be traced. Consumes ``key``.
+
+    Returns:
+      int32 ``[L]``; its sum is ``average * L`` rounded to the nearest whole number.
+
+    Raises:
+      UserError: no policy has that average; the message gives the reachable range.
+    """
+    sizes = np.bincount(np.arange(num_layers) if groups is None else np.asarray(groups))
+    total = round(average * num_layers)
+    # ways[g][s]: in how many ways groups g.. can use s bits in all (exact integers).
+    ways: list[list[int]] = [[0] * (total + 1) for _ in range(len(sizes) + 1)]
+    ways[-1][0] = 1
+    for g in range(len(sizes) - 1, -1, -1):
+        for s in range(total + 1):
+            used = [s - c * int(sizes[g]) for c in space.choices]
+            ways[g][s] = sum(ways[g + 1][u] for u in used if u >= 0)
+    if total < 0 or not ways[0][total]:
+        raise UserError(
+            f"average width {average}: no policy of {num_layers} layers has it; choose a value in "
+            f"[{space.narrowest}, {space.widest}] that the layers can reach together"
+        )
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    widths = []
+    for g, size in enumerate(sizes):
+        options = [total - c * int(size) for c in space.choices]
+        counts = [ways[g + 1][o] if o >= 0 else 0 for o in options]
+        scale = math.fsum(c / max(counts) for c in counts)
+        pick = int(rng.choice(space.n, p=[c / max(counts) / scale for c in counts]))
+        widths.append(space.choices[pick])
+        total = options[pick]
+    order = np.arange(num_layers) if groups is None else np.asarray(groups)
+    return np.asarray(widths, np.int32)[order]
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """A hint ", did you mean ..." for a misspelt ``name``; empty when nothing is near."""
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def save_policy(
+    path: str | pathlib.Path,
+    policy: Any,
+    names: Sequence[str],
+    space: BitSpace,
+    *,
+    overwrite: bool = False,
+    **notes: Any,
+) -> None:
+    """Writes a policy file (JSON), with the width of each named layer.
+
+    Args:
+      policy: ``[L]`` widths.
+      names: ``[L]`` layer names, from ``model.layers``.
+      notes: further JSON values to keep beside the widths (accuracy, budget, ...).
+
+    Raises:
+      UserError: the policy does not fit, or the file exists with other content and
+        ``overwrite`` is false.
+    """
+    widths = space.check(policy, len(names))
+    content = {
+        "format": POLICY_FORMAT,
+        "version": POLICY_VERSION,
+        "choices": list(space.choices),
+        "layers": {name: int(width) for name, width in zip(names, widths, strict=True)},
+        **notes,
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    path = pathlib.Path(path)
+    if path.exists() and path.read_text() != text and not overwrite:
+        raise UserError(f"{path}: a file is there already; choose another name or ask to overwrite")
+    path.write_text(text)
+
+
+def load_policy(path: str | pathlib.Path, names: Sequence[str], space: BitSpace) -> np.ndarray:
+    """Reads a policy file for the network whose layers are called ``names``: int32 ``[L]``.
+
+    Raises:
+      UserError: the file is missing, not a policy file, or made for other layers or choices.
+    """
+    path = pathlib.Path(path)
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such policy file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not a policy file ({error})") from None
+    if not isinstance(content, Mapping) or content.get("format") != POLICY_FORMAT:
+        raise UserError(f'{path}: not a policy file ("format" must be "{POLICY_FORMAT}")')
+    if content.get("version") != POLICY_VERSION:
+        raise UserError(
+            f"{path}: policy version {content.get('version')!r}; this library reads {POLICY_VERSION}"
+        )
+    if content.get("choices") != list(space.choices):
+        raise UserError(
+            f"{path}: made for widths {content.get('choices')}; this network has {list(space.choices)}"
+        )
+    layers = content.get("layers")
+    if not isinstance(layers, Mapping):
+        raise UserError(f'{path}: "layers" must map each layer name to its width')
+    for name in layers:
+        if name not in names:
+            raise UserError(f"{path}: unknown layer {name!r}{closest(name, names)}")
+    missing = [name for name in names if name not in layers]
+    if missing:
+        raise UserError(f"{path}: no width for layer {missing[0]!r} ({len(missing)} missing)")
+    widths = [layers[name] for name in names]
+    if not all(isinstance(w, int) and not isinstance(w, bool) for w in widths):
+        raise UserError(f"{path}: widths must be whole numbers from {space.choices}")
+    try:
+        return space.check(widths, len(names))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def parse_policy(text: str, names: Sequence[str], space: BitSpace) -> np.ndarray:
+    """Reads what a person types for a policy: ``3``, ``4,3,2,...`` or the path of a policy file.
+
+    Returns:
+      int32 ``[L]``.
+
+    Raises:
+      UserError: it is none of these, or does not fit the network.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if all(part.isdecimal() for part in parts):
+        widths = [int(part) for part in parts]
+        if len(widths) == 1:
+            widths *= len(names)
+        return space.check(widths, len(names))
+    if not pathlib.Path(text).exists():
+        raise UserError(
+            f"policy {text!r}: not a width, not a comma-separated list of widths, and no such file"
+        )
+    return load_policy(text, names, space)

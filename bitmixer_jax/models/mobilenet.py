@@ -1,0 +1,102 @@
+"""MobileNetV2 (Sandler et al., CVPR 2018): inverted residuals with linear bottlenecks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from bitmixer_jax.layers import LayerInfo
+from bitmixer_jax.models.network import Network, conv_info
+
+# (expansion, channels, blocks, strides) of each stage: table 2 of the paper.
+_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+class MobileNetV2(Network):
+    """MobileNetV2. Inputs of an expansion are bottlenecks, of both signs: a signed grid.
+
+    Attributes:
+      multiplier: of the channels; each count is rounded to a multiple of 8.
+      stem_strides: of the first convolution (2 for ImageNet).
+    """
+
+    multiplier: float = 1.0
+    stem_strides: int = 2
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """See Network.layers."""
+        return _layers(self.image_shape, self.multiplier, self.stem_strides)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, bits: Any = None, train: bool = False) -> jax.Array:
+        """Returns logits float32 ``[N, num_classes]``; arguments and errors as in ResNet."""
+        self.check_images(images)
+        indices, valid = self.indices(bits)
+        stem = self.stem(images, _channels(32, self.multiplier), 3, self.stem_strides, train)
+        x = nn.relu6(stem)
+        for _, block in itertools.groupby(self.layers, key=lambda layer: layer.block):
+            y = x
+            for layer in block:
+                (y,) = self.quant_layer(layer, y, indices, train)
+                if not layer.name.endswith("project"):
+                    y = nn.relu6(y)
+            x = x + y if layer.name.endswith("project") and x.shape == y.shape else y
+        return self.head(x, valid)
+
+
+def _channels(channels: int, multiplier: float) -> int:
+    """``channels * multiplier`` rounded to a multiple of 8, never more than 10% down."""
+    rounded = max(8, int(channels * multiplier + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels * multiplier else rounded
+
+
+@functools.cache
+def _layers(
+    image_shape: tuple[int, int, int], multiplier: float, stem_strides: int
+) -> tuple[LayerInfo, ...]:
+    shape = conv_info("conv", image_shape, _channels(32, multiplier), 3, stem_strides).output
+    layers: list[LayerInfo] = []
+
+    def add(name: str, block: int, features: int, kernel: int, strides: int, signed: bool) -> None:
+        nonlocal shape
+        depthwise = name.endswith("depthwise")
+        conv = conv_info("conv", shape, features, kernel, strides, shape[-1] if depthwise else 1)
+        layers.append(
+            LayerInfo(
+                name=name,
+                kind="depthwise" if depthwise else "conv",
+                kernels=(conv,),
+                previous=len(layers) - 1,
+                block=block,
+                signed=signed,
+                input=shape,
+            )
+        )
+        shape = conv.output
+
+    block = 0
+    for stage, (expansion, channels, size, stage_strides) in enumerate(_STAGES, start=1):
+        for number in range(1, size + 1):
+            name = f"stage{stage}.block{number}"
+            strides = stage_strides if number == 1 else 1
+            inner = shape[-1] * expansion
+            if expansion > 1:  # its input is the bottleneck of the block before
+                add(f"{name}.expand", block, inner, 1, 1, signed=True)
+            add(f"{name}.depthwise", block, inner, 3, strides, signed=False)
+            add(f"{name}.project", block, _channels(channels, multiplier), 1, 1, signed=False)
+            block += 1
+    add("last", block, max(1280, _channels(1280, multiplier)), 1, 1, signed=True)
+    return tuple(layers)

@@ -1,0 +1,198 @@
+"""What every switchable network shares: the layer table, policies as arguments, float ends."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.layers import (
+    KernelInfo,
+    LayerInfo,
+    Padding,
+    QuantActivation,
+    Quantization,
+    QuantDense,
+    QuantLayer,
+)
+
+Selection = Literal["layer", "block"]
+
+
+class Network(nn.Module):
+    """Base of the model families: ``logits = model.apply(variables, images, bits=policy)``.
+
+    Attributes:
+      num_classes: width of the head.
+      image_shape: ``(H, W, C)`` of one image.
+      quant: what is quantised, and how.
+      ends: "float" (the protocol of the paper's peers) or "int8": stem and head at a fixed 8 bits.
+    """
+
+    num_classes: int = 10
+    image_shape: tuple[int, int, int] = (32, 32, 3)
+    quant: Quantization = Quantization()
+    ends: str = "float"
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """One LayerInfo per quantised layer, in the order in which data meets them."""
+        raise NotImplementedError("each model family describes its layers")
+
+    @property
+    def num_layers(self) -> int:
+        """L, the length of a policy."""
+        return len(self.layers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """``[L]`` layer names, as policy files spell them."""
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def space(self) -> BitSpace:
+        """The widths of this network.
+
+        Raises:
+          UserError: this is a float twin, which has none.
+        """
+        if self.quant.space is None:
+            raise UserError("a float twin has no bit-widths; use the network it was made from")
+        return self.quant.space
+
+    def groups(self, selection: Selection = "layer") -> tuple[int, ...]:
+        """``[L]`` which layers draw a width together: each alone, or all of a block.
+
+        Raises:
+          UserError: selection is neither "layer" nor "block".
+        """
+        if selection == "layer":
+            return tuple(range(self.num_layers))
+        if selection == "block":
+            return tuple(layer.block for layer in self.layers)
+        raise UserError(f'selection: got {selection!r}; choose "layer" or "block"')
+
+    def float_twin(self) -> Network:
+        """The same network with quantisation off and one plain BN per kernel."""
+        return self.clone(quant=self.quant.float_twin())
+
+    def end_quant(self) -> Quantization:
+        """Quantization of stem and head: off, or one fixed width of 8 bits."""
+        if self.ends == "float" or self.quant.space is None:
+            return self.quant.float_twin()
+        if self.ends != "int8":
+            raise UserError(f'ends: got {self.ends!r}; choose "float" or "int8"')
+        return Quantization(
+            space=BitSpace((8,)),
+            activations=self.quant.activations,
+            weights=self.quant.weights,
+            weight_kind="independent",
+            norm="per_width",
+            momentum=self.quant.momentum,
+            epsilon=self.quant.epsilon,
+            axis_name=self.quant.axis_name,
+            compute_dtype=self.quant.compute_dtype,
+        )
+
+    def indices(self, bits: Any) -> tuple[Any, jax.Array | None]:
+        """Turns a policy into one index per layer.
+
+        Args:
+          bits: static widths (a tuple or list of ints), or an int32 array ``[L]``, which may be
+            traced. Ignored by a float twin.
+
+        Returns:
+          ``[L]`` indices (ints if static), and whether all traced widths are valid (else None).
+
+        Raises:
+          UserError: no policy, the wrong length, or (if not traced) an unknown width.
+        """
+        if self.quant.space is None:
+            return (0,) * self.num_layers, None
+        if bits is None:
+            raise UserError("bits: give a policy, one width per layer, such as model.space.uniform(...)")
+        if isinstance(bits, tuple | list):
+            widths = self.space.check(np.asarray(bits), self.num_layers).tolist()
+            return tuple(self.space.index(width) for width in widths), None
+        if bits.shape != (self.num_layers,):
+            raise UserError(f"bits: shape {bits.shape}; give one width per layer, ({self.num_layers},)")
+        if not isinstance(bits, jax.core.Tracer):
+            self.space.check(bits, self.num_layers)
+        return self.space.index(bits), self.space.valid(jnp.asarray(bits))
+
+    def check_images(self, images: jax.Array) -> None:
+        """Raises UserError unless images are ``[N, *image_shape]``."""
+        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+            raise UserError(
+                f"images: shape {images.shape}; this network takes (N, {self.image_shape})"
+            )
+
+    def quant_layer(
+        self, info: LayerInfo, x: jax.Array, indices: Any, train: bool
+    ) -> tuple[jax.Array, ...]:
+        """Runs one layer of the table at its place in the policy. Call it in a compact method."""
+        place = self.names.index(info.name)
+        previous = indices[info.previous] if info.previous >= 0 else 0
+        return QuantLayer(info, self.quant, name=info.name)(x, previous, indices[place], train)
+
+    def stem(
+        self,
+        images: jax.Array,
+        features: int,
+        kernel: int,
+        strides: int,
+        train: bool,
+    ) -> jax.Array:
+        """First convolution and its norm, real-valued or at 8 bits. Call it in a compact method."""
+        info = LayerInfo(
+            name="stem",
+            kind="conv",
+            kernels=(
+                conv_info("conv", images.shape[1:], features, kernel, strides),
+            ),
+            previous=-1,
+            block=-1,
+            signed=True,  # normalised images
+            input=images.shape[1:],
+        )
+        return QuantLayer(info, self.end_quant(), name="stem")(images, 0, 0, train)[0]
+
+    def head(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
+        """Global average pooling and the last linear layer: logits ``[N, num_classes]``."""
+        quant = self.end_quant()
+        pooled = jnp.mean(x, (1, 2))
+        codes, step = QuantActivation(quant, name="head_input")(pooled, 0)
+        logits = QuantDense(quant, features=self.num_classes, name="head")(codes, step, 0)
+        # Traced widths cannot raise: an unknown one must not pass for an answer.
+        return logits if valid is None else jnp.where(valid, logits, jnp.nan)
+
+
+def conv_info(
+    name: str,
+    shape: tuple[int, int, int],
+    features: int,
+    kernel: int,
+    strides: int,
+    groups: int = 1,
+) -> KernelInfo:
+    """Describes a convolution of input ``shape`` (H, W, C), padded by (kernel - 1) / 2."""
+    height, width, channels = shape
+    pad = (kernel - 1) // 2
+
+    def out(size: int) -> int:
+        return (size + 2 * pad - kernel) // strides + 1
+
+    padding: Padding = ((pad, pad), (pad, pad))
+    return KernelInfo(
+        name=name,
+        shape=(kernel, kernel, channels // groups, features),
+        strides=(strides, strides),
+        padding=padding,
+        groups=groups,
+        output=(out(height), out(width), features),
+    )

@@ -1,0 +1,133 @@
+"""Residual networks (He et al., CVPR 2016): the CIFAR family and the ImageNet family."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bitmixer_jax.layers import LayerInfo
+from bitmixer_jax.models.network import Network, conv_info
+
+
+class ResNet(Network):
+    """Residual network of basic or bottleneck blocks.
+
+    Attributes:
+      stage_sizes: blocks per stage; each stage but the first halves the image and doubles channels.
+      width: channels of the first stage.
+      bottleneck: 1x1, 3x3, 1x1 convolutions (channels times four) instead of two 3x3.
+      stem_kernel, stem_strides: of the first convolution.
+      stem_pool: a 3x3 max pooling of stride 2 after the stem (ImageNet).
+      projection: shortcuts that change shape are 1x1 convolutions (ImageNet); else they subsample
+        and pad with zero channels, which needs no weights (CIFAR, option A of the paper).
+    """
+
+    stage_sizes: tuple[int, ...] = (3, 3, 3)
+    width: int = 16
+    bottleneck: bool = False
+    stem_kernel: int = 3
+    stem_strides: int = 1
+    stem_pool: bool = False
+    projection: bool = False
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """See Network.layers."""
+        return _layers(
+            self.image_shape,
+            self.stage_sizes,
+            self.width,
+            self.bottleneck,
+            self.stem_kernel,
+            self.stem_strides,
+            self.stem_pool,
+            self.projection,
+        )
+
+    @nn.compact
+    def __call__(self, images: jax.Array, bits: Any = None, train: bool = False) -> jax.Array:
+        """Returns logits float32 ``[N, num_classes]``.
+
+        Args:
+          images: float32 ``[N, H, W, C]``, normalised.
+          bits: policy ``[L]``: a tuple of ints (static) or an int32 array (data, may be traced).
+          train: use batch statistics, and update the running ones (collection ``batch_stats``).
+
+        Raises:
+          UserError: images or policy do not fit the network.
+        """
+        self.check_images(images)
+        indices, valid = self.indices(bits)
+        x = self.stem(images, self.width, self.stem_kernel, self.stem_strides, train)
+        x = nn.relu(x)
+        if self.stem_pool:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for _, block in itertools.groupby(self.layers, key=lambda layer: layer.block):
+            first, *rest = block
+            y, *projected = self.quant_layer(first, x, indices, train)
+            for layer in rest:
+                (y,) = self.quant_layer(layer, nn.relu(y), indices, train)
+            x = nn.relu(y + (projected[0] if projected else _pad_shortcut(x, y.shape)))
+        return self.head(x, valid)
+
+
+def _pad_shortcut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Identity, or every second pixel with zero channels behind it (option A)."""
+    if x.shape == shape:
+        return x
+    strides = -(-x.shape[1] // shape[1])
+    return jnp.pad(
+        x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), (0, shape[-1] - x.shape[-1]))
+    )
+
+
+@functools.cache
+def _layers(
+    image_shape: tuple[int, int, int],
+    stage_sizes: tuple[int, ...],
+    width: int,
+    bottleneck: bool,
+    stem_kernel: int,
+    stem_strides: int,
+    stem_pool: bool,
+    projection: bool,
+) -> tuple[LayerInfo, ...]:
+    shape = conv_info("conv", image_shape, width, stem_kernel, stem_strides).output
+    if stem_pool:
+        shape = conv_info("conv", shape, width, 3, 2).output
+    layers: list[LayerInfo] = []
+    blocks = itertools.count()
+    for stage, size in enumerate(stage_sizes, start=1):
+        inner = width * 2 ** (stage - 1)
+        outer = inner * 4 if bottleneck else inner
+        # (features, kernel size) of each convolution of a block; the 3x3 first met has the stride.
+        convs = [(inner, 1), (inner, 3), (outer, 1)] if bottleneck else [(inner, 3), (outer, 3)]
+        for number, block in zip(range(1, size + 1), blocks, strict=False):
+            strides = 2 if stage > 1 and number == 1 else 1
+            changes = strides > 1 or shape[-1] != outer
+            strided = 1 if bottleneck else 0
+            entry = shape
+            for i, (features, kernel) in enumerate(convs):
+                kernels = [
+                    conv_info("conv", shape, features, kernel, strides if i == strided else 1)
+                ]
+                if i == 0 and changes and projection:
+                    kernels.append(conv_info("shortcut", entry, outer, 1, strides))
+                layers.append(
+                    LayerInfo(
+                        name=f"stage{stage}.block{number}.conv{i + 1}",
+                        kind="conv",
+                        kernels=tuple(kernels),
+                        previous=len(layers) - 1,
+                        block=block,
+                        signed=False,
+                        input=shape,
+                    )
+                )
+                shape = kernels[0].output
+    return tuple(layers)

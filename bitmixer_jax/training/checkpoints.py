@@ -1,0 +1,260 @@
+"""Checkpoints: a state with the configuration that made it, saved and restored by orbax."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from bitmixer_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+FORMAT = "bitmixer-checkpoint"
+
+
+def differences(old: Any, new: Any, path: str = "config") -> list[str]:
+    """What differs between two JSON trees, one "path: old -> new" each."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{path}.{key}"
+            if key not in old:
+                found.append(f"{inner}: absent -> {new[key]!r}")
+            elif key not in new:
+                found.append(f"{inner}: {old[key]!r} -> absent")
+            else:
+                found += differences(old[key], new[key], inner)
+        return found
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def claim(workdir: pathlib.Path, config: Mapping[str, Any], free: Iterable[str] = ()) -> None:
+    """Makes ``workdir`` the home of a run with this configuration, or checks that it is.
+
+    Args:
+      config: JSON tree.
+      free: top-level keys that may change between starts (how often to log, for example).
+
+    Raises:
+      UserError: the folder cannot be written, holds a run of another configuration (the message
+        lists what differs), or holds other files where a run's should be.
+    """
+    path = workdir / CONFIG_FILE
+    config = json.loads(json.dumps(config))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            saved = read_config(workdir)
+            found = [
+                line
+                for line in differences(saved, config)
+                if line.split(":")[0].split(".")[1] not in free
+            ]
+            if found:
+                raise UserError(
+                    f"{path}: this workdir holds a run of another configuration: "
+                    f"{'; '.join(found)}. Give the same configuration, or another --workdir"
+                )
+        elif (workdir / "checkpoints").exists():
+            raise UserError(
+                f"{workdir}: has checkpoints but no {CONFIG_FILE}, so it is not a whole run; "
+                "choose another --workdir"
+            )
+        # Written beside and renamed: a kill never leaves half a file.
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"workdir {workdir}: cannot write there ({error.strerror})") from None
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """The configuration of the run in ``workdir``, a JSON tree.
+
+    Raises:
+      UserError: there is no run, or its configuration cannot be read.
+    """
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{workdir}: no run here ({CONFIG_FILE} is missing)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not the configuration of a run")
+    return config
+
+
+class Checkpoints:
+    """The checkpoints of a run, ``workdir/checkpoints/STEP``.
+
+    Saving is asynchronous and atomic: a folder has its final name only when it is whole.
+    """
+
+    def __init__(
+        self, workdir: pathlib.Path, *, keep: int = 2, keep_steps: Iterable[int] = (),
+        read_only: bool = False,
+    ) -> None:
+        """Opens the folder.
+
+        Args:
+          keep: how many of the newest are kept.
+          keep_steps: steps that are kept in any case (ends of stages).
+          read_only: nothing is written, cleaned up or made.
+        """
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
+
+        # It warns of every restored leaf that has no sharding; the loop places states itself.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._ocp = ocp
+        self.folder = (pathlib.Path(workdir) / "checkpoints").absolute()
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "notes": ocp.JsonCheckpointHandler(),
+                },
+                options=ocp.CheckpointManagerOptions(
+                    read_only=read_only,
+                    create=not read_only,
+                    preservation_policy=policy.AnyPreservationPolicy(
+                        [policy.LatestN(keep), policy.CustomSteps(list(keep_steps))]
+                    ),
+                    cleanup_tmp_directories=not read_only,
+                ),
+            )
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot write there ({error.strerror})") from None
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: Any, notes: Mapping[str, Any]) -> None:
+        """Saves ``state`` (a pytree with ``step``) with JSON ``notes``; does nothing if it is there.
+
+        Raises:
+          UserError: the disk is full or cannot be written; what was saved before stays.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        args = self._ocp.args
+        with self._disk_errors():
+            self._manager.save(
+                step,
+                args=args.Composite(
+                    state=args.StandardSave(state),
+                    notes=args.JsonSave({"format": FORMAT, "step": step, **notes}),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Returns when all that was asked to be saved is on the disk. Raises as `save`."""
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            text = str(error)
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+            denied = isinstance(error, OSError) or "Permission denied" in text
+            if not (full or denied or "RESOURCE_EXHAUSTED" in text):
+                raise
+            what = "the disk is full" if full else f"cannot write ({text.splitlines()[0]})"
+            last = max(self._manager.all_steps(read=True), default=None)
+            kept = "none was saved before" if last is None else f"that of step {last} is whole"
+            raise UserError(
+                f"{self.folder}: {what}; {kept}. Make room and start the same command again"
+            ) from None
+
+    def restore(self, like: Any, step: int | None = None) -> Any:
+        """Restores a checkpoint, by default the newest.
+
+        Args:
+          like: a state with the structure, shapes and dtypes to expect (arrays or
+            ShapeDtypeStructs).
+          step: which one.
+
+        Returns:
+          a state like ``like``, or None if there is no checkpoint.
+
+        Raises:
+          UserError: it is damaged, not of this format, or of another network or optimiser.
+        """
+        steps = self.steps
+        step = step if step is not None else max(steps, default=None)
+        if step is None:
+            return None
+        path = self.folder / str(step)
+        if step not in steps:
+            raise UserError(f"{path}: no such checkpoint; there are steps {steps}")
+        args = self._ocp.args
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        advice = f"Remove {path} to go back to the checkpoint before it"
+        try:
+            notes = self._manager.restore(step, args=args.Composite(notes=args.JsonRestore()))
+            if notes["notes"].get("format") != FORMAT or notes["notes"].get("step") != step:
+                raise UserError(f"{path}: not a checkpoint of this library ({FORMAT})")
+            found = self._shapes(step)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
+        wanted = _flat(abstract)
+        wrong = [
+            f"{name}: {found.get(name, 'absent')} in the file, {wanted.get(name, 'absent')} expected"
+            for name in sorted({*found, *wanted})
+            if found.get(name) != wanted.get(name)
+        ]
+        if wrong:
+            raise UserError(
+                f"{path}: a checkpoint of another network or optimiser: {wrong[0]} "
+                f"({len(wrong)} differences)"
+            )
+        try:
+            return self._manager.restore(
+                step, args=args.Composite(state=args.StandardRestore(abstract))
+            )["state"]
+        except Exception as error:
+            raise UserError(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
+
+    def _shapes(self, step: int) -> dict[str, str]:
+        metadata = self._manager.item_metadata(step)["state"]
+        if metadata is None:
+            raise ValueError("no metadata of the state")
+        return _flat(getattr(metadata, "tree", metadata))
+
+    def close(self) -> None:
+        """Waits for what is being saved, and lets go of the folder."""
+        self.wait()
+        self._manager.close()
+
+
+def _flat(tree: Any) -> dict[str, str]:
+    """``{path: "dtype[shape]"}`` of a tree of arrays, however its nodes are kept."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): (
+            f"{leaf.dtype}{list(leaf.shape)}"
+        )
+        for path, leaf in leaves
+    }
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no details'}"

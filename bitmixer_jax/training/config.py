@@ -1,0 +1,291 @@
+"""Configuration: the defaults as a ConfigDict, and its reading into checked dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import ConfigDict
+
+from bitmixer_jax.bits import BitSpace, closest
+from bitmixer_jax.data import Dataset
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.models import Network, create_model
+from bitmixer_jax.training.optimizer import OptimizerSettings
+from bitmixer_jax.training.stages import Stage
+
+# Settings that do not change what is computed: a run may be resumed with other values.
+FREE = ("checkpoint_seconds", "keep_checkpoints", "log_every", "evaluate_every", "data_dir")
+
+
+def default_config() -> ConfigDict:
+    """Bit-Mixer's three stages (our reading of the paper) for a small image set.
+
+    Stage lengths are epochs; ``order`` says which stages run, and in which order.
+    """
+    stage = dict(
+        policies="draw",
+        draws=1,
+        distill="none",
+        distill_weight=0.5,
+        temperature=2.0,
+        learning_rate=0.1,
+        schedule="cosine",
+        warmup=0.0,
+    )
+    return ConfigDict(
+        dict(
+            seed=0,
+            dataset="digits",
+            data_dir="",  # where `bitmixer prepare` put the local copies; "": the default place
+            train_split="train",
+            test_split="test",
+            pad=0,  # random crops after padding by so many pixels
+            flip=False,  # random mirroring
+            batch_size=128,  # over all devices
+            model=dict(
+                name="resnet8",
+                weight_kind="floor",
+                norm="transitional",
+                ends="float",
+                momentum=0.9,
+                compute_dtype="float32",
+            ),
+            choices=(2, 3, 4),
+            selection="layer",  # or "block": the layers of a block share one width
+            optimizer=dict(
+                name="sgd", momentum=0.9, nesterov=True, weight_decay=1e-4, clip_norm=0.0, ema=0.0
+            ),
+            label_smoothing=0.0,
+            sync_bn=True,
+            init_from="",  # WORKDIR or WORKDIR@STAGE of a trained network to start from
+            teacher="",  # WORKDIR of a float twin, for distill = "teacher"
+            order=("activations", "weights", "mixed"),
+            stages=dict(
+                activations=dict(epochs=5.0, quantize="activations", widths="network", **stage),
+                weights=dict(epochs=10.0, quantize="weights+activations", widths="network", **stage),
+                mixed=dict(
+                    epochs=15.0,
+                    quantize="weights+activations",
+                    widths="layer",
+                    rho_start=0.0,
+                    rho_end=1.0,
+                    ramp=0.5,
+                    **stage,
+                ),
+            ),
+            steps_per_dispatch=1,
+            evaluate_every=5.0,  # epochs
+            evaluate_random=5,  # random policies in evaluations while training
+            evaluate_batch=500,  # images per device
+            log_every=50,  # steps
+            checkpoint_seconds=60.0,
+            keep_checkpoints=2,
+        )
+    )
+
+
+def float_config(config: ConfigDict, epochs: float, learning_rate: float = 0.1) -> ConfigDict:
+    """The same configuration for the float twin: one stage, nothing quantised."""
+    config = config.copy_and_resolve_references()
+    stage = dict(config.stages[config.order[0]])
+    stage |= dict(
+        epochs=epochs, quantize="nothing", distill="none", policies="draw", draws=1,
+        learning_rate=learning_rate,
+    )
+    config.stages = ConfigDict({"float": stage})
+    config.order = ("float",)
+    config.init_from = config.teacher = ""
+    return config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A checked configuration.
+
+    Attributes are those of `default_config`, with ``stages`` in the order in which they run.
+    """
+
+    seed: int
+    dataset: str
+    data_dir: str
+    train_split: str
+    test_split: str
+    pad: int
+    flip: bool
+    batch_size: int
+    model: Mapping[str, Any]
+    choices: tuple[int, ...]
+    selection: str
+    optimizer: OptimizerSettings
+    label_smoothing: float
+    sync_bn: bool
+    init_from: str
+    teacher: str
+    stages: tuple[Stage, ...]
+    steps_per_dispatch: int
+    evaluate_every: float
+    evaluate_random: int
+    evaluate_batch: int
+    log_every: int
+    checkpoint_seconds: float
+    keep_checkpoints: int
+
+    @property
+    def is_float(self) -> bool:
+        """Whether this trains a float twin."""
+        return self.stages[0].quantize == "nothing"
+
+    def network(self, data: Dataset) -> Network:
+        """The network for a data set."""
+        return self.build(data.num_classes, data.image_shape)
+
+    def build(self, num_classes: int, image_shape: tuple[int, int, int]) -> Network:
+        """The network for ``num_classes`` and images of ``image_shape`` (H, W, C)."""
+        settings = dict(self.model)
+        return create_model(
+            settings.pop("name"),
+            num_classes=num_classes,
+            image_shape=tuple(image_shape),
+            space=None if self.is_float else BitSpace(self.choices),
+            **settings,
+        )
+
+
+def read(config: ConfigDict | Mapping[str, Any]) -> Run:
+    """Checks a configuration and returns it as dataclasses.
+
+    Raises:
+      UserError: unknown or missing setting, wrong type, or values that do not go together.
+    """
+    values = to_json(config)
+    defaults = to_json(default_config())
+    _check_names(values, defaults, "config", skip=("stages", "model"))
+    values = {**defaults, **values}
+    for name, default in defaults.items():
+        _check_type(f"config.{name}", values[name], default)
+    order = values.pop("order")
+    if not order:
+        raise UserError("config.order: no stages; name at least one of config.stages")
+    stages = []
+    fields = {f.name for f in dataclasses.fields(Stage)}
+    for name in order:
+        if name not in values["stages"]:
+            raise UserError(
+                f"config.order: no stage {name!r} in config.stages"
+                f"{closest(name, list(values['stages']))}"
+            )
+        stage = values["stages"][name]
+        for field in stage:
+            if field not in fields:
+                raise UserError(
+                    f"config.stages.{name}: unknown setting {field!r}{closest(field, sorted(fields))}"
+                )
+        stages.append(Stage(name=name, **stage))
+    if len(set(order)) != len(order):
+        raise UserError(f"config.order: {tuple(order)}; give each stage once")
+    values["stages"] = tuple(stages)
+    values["choices"] = tuple(values["choices"])
+    values["optimizer"] = OptimizerSettings(**values["optimizer"])
+    values["model"] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()
+    }
+    run = Run(**values)
+    _check_run(run)
+    return run
+
+
+def _check_run(run: Run) -> None:
+    float_stages = [stage.quantize == "nothing" for stage in run.stages]
+    if any(float_stages) and not all(float_stages):
+        raise UserError(
+            'config.stages: quantize = "nothing" makes a float twin, which has other variables; '
+            "train it in a workdir of its own, and start from that by config.init_from"
+        )
+    if not run.is_float:
+        BitSpace(run.choices)
+    teaches = any(stage.distill == "teacher" for stage in run.stages)
+    if teaches and not run.teacher:
+        raise UserError('config.teacher: distill = "teacher" needs the workdir of a float twin')
+    for name, least in (
+        ("batch_size", 1),
+        ("steps_per_dispatch", 1),
+        ("evaluate_batch", 1),
+        ("log_every", 1),
+        ("keep_checkpoints", 1),
+        ("pad", 0),
+        ("evaluate_random", 0),
+        ("label_smoothing", 0),
+        ("evaluate_every", 0),
+        ("checkpoint_seconds", 0),
+        ("seed", 0),
+    ):
+        if getattr(run, name) < least:
+            raise UserError(f"config.{name} = {getattr(run, name)}; give {least} or more")
+    if run.label_smoothing >= 1:
+        raise UserError(f"config.label_smoothing = {run.label_smoothing}; give 0 <= s < 1")
+    # Unknown models and settings should not wait for the data.
+    run.build(2, (32, 32, 3)).groups(run.selection)  # type: ignore[arg-type]
+
+
+def to_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as a tree of dicts, lists and plain values."""
+    if isinstance(config, ConfigDict):
+        config = config.to_dict()
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+    return plain(config)
+
+
+def _check_names(
+    values: Mapping[str, Any], known: Mapping[str, Any], where: str, skip: tuple[str, ...] = ()
+) -> None:
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(
+                f"{where}: unknown setting {name!r}{closest(name, list(known))}"
+                f" (one of {', '.join(known)})"
+            )
+        if isinstance(value, Mapping) and isinstance(known[name], Mapping) and name not in skip:
+            _check_names(value, known[name], f"{where}.{name}")
+
+
+def _check_type(where: str, value: Any, default: Any) -> None:
+    number = isinstance(default, float) and isinstance(value, int | float)
+    if not number and type(value) is not type(default):
+        raise UserError(f"{where} = {value!r}; give a {type(default).__name__}, such as {default!r}")
+
+
+def load_config(path: str | pathlib.Path, overrides: list[str]) -> ConfigDict:
+    """Reads a configuration file and applies ``--config.a.b=value`` overrides.
+
+    Args:
+      path: a Python file with ``get_config()``; "file.py:variant" calls ``get_config("variant")``.
+
+    Raises:
+      UserError: no such file, it fails, or an override names no setting or has the wrong type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    file = pathlib.Path(str(path).partition(":")[0])
+    if not file.is_file():
+        raise UserError(f"--config {path}: no such file")
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        values(["bitmixer", f"--config={path}", *overrides])
+        config = holder.value
+    except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+        text = str(error).strip('"').splitlines()
+        raise UserError(f"--config {path}: {text[0] if text else type(error).__name__}") from None
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config {path}: get_config() must return an ml_collections ConfigDict")
+    return config

@@ -1,0 +1,118 @@
+"""What a run tells: JSON lines, TensorBoard files, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from bitmixer_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends records to ``workdir/metrics.jsonl`` and to ``workdir/tensorboard``."""
+
+    def __init__(self, workdir: pathlib.Path, step: int) -> None:
+        """Opens both; TensorBoard is told that ``step`` is where this start goes on."""
+        from tensorboardX import SummaryWriter
+
+        self._path = workdir / METRICS_FILE
+        try:
+            self._file = self._path.open("a")
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write there ({error.strerror})") from None
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Records ``values`` (numbers, or mappings of them) under "train", "evaluate", ..."""
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in _numbers(values, kind):
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write ({error.strerror}); make room") from None
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        self._file.close()
+        self._board.close()
+
+
+def _numbers(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}/{name}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((f"{prefix}/{name}", value))
+    return found
+
+
+def read_metrics(workdir: pathlib.Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind, in order of steps.
+
+    A run that was killed repeats the steps after its last checkpoint: the last record of a step
+    counts. A line cut short by the kill is left out.
+    """
+    path = pathlib.Path(workdir) / METRICS_FILE
+    records: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("kind") == kind:
+            records[record["step"]] = record
+    return [records[step] for step in sorted(records)]
+
+
+class Bar:
+    """A progress bar: stage, loss, accuracy, images/s and time left.
+
+    Where the output is not a terminal, a plain line every ten seconds instead.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._live = self._console.is_terminal
+        self._total, self._done = total, done
+        self._begun = self._spoken = time.monotonic()
+        self._first = done
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("", total=total, completed=done, text="")
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, markup=False)
+        sys.stdout.flush()
+
+    def show(self, step: int, stage: str, text: str) -> None:
+        """Moves to ``step`` and shows ``text`` beside the bar."""
+        self._progress.update(self._task, completed=step, description=stage, text=text)
+        now = time.monotonic()
+        if not self._live and now - self._spoken > 10:
+            left = (now - self._begun) / max(step - self._first, 1) * (self._total - step)
+            self.say(f"{stage} {step}/{self._total} {text}, {left / 60:.1f} min left")
+            self._spoken = now
+
+    def stop(self) -> None:
+        """Takes the bar away."""
+        self._progress.stop()
