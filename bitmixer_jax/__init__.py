@@ -34,7 +34,18 @@ _HOME = {
     "UserError": "errors",
     "create_model": "models",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "BitSpace",
+    "UserError",
+    "__version__",
+    "create_model",
+    "load_policy",
+    "sample_average",
+    "sample_mixed",
+    "sample_random",
+    "sample_uniform",
+    "save_policy",
+]
 
 
 def __getattr__(name: str) -> Any:

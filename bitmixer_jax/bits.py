@@ -43,7 +43,9 @@ class BitSpace:
         if not choices or not all(
             isinstance(c, int | np.integer) and not isinstance(c, bool) for c in choices
         ):
-            raise UserError(f"bit-widths: got {self.choices!r}; give whole numbers such as (2, 3, 4)")
+            raise UserError(
+                f"bit-widths: got {self.choices!r}; give whole numbers such as (2, 3, 4)"
+            )
         if list(choices) != sorted(set(choices)):
             raise UserError(f"bit-widths: got {choices}; give each once, in ascending order")
         if choices[0] < 1 or choices[-1] > 8:

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy of many policies with one compilation, three protocols, recalibration of BN."""
+"""Evaluation: accuracy of many policies with one compilation, three protocols."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bitmixer_jax.bits import sample_random
 from bitmixer_jax.data import Dataset, normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
-from bitmixer_jax.training.stages import fill_unvisited_pairs, never_visited
+from bitmixer_jax.pairs import never_visited
 
 
 class Evaluator:
@@ -59,7 +59,7 @@ class Evaluator:
         def count(variables: Any, images: jax.Array, labels: jax.Array, bits: Any) -> jax.Array:
             self.traces += 1
             x = normalize(images, mean, std)
-            logits = model.apply(variables, x, bits=bits, train=False)
+            logits: Any = model.apply(variables, x, bits=bits, train=False)
             right = jnp.sum(jnp.argmax(logits, -1) == labels)
             # argmax of NaN is a class, too: a broken network must not score by chance.
             return jnp.where(jnp.isfinite(logits).all(), right, -1)
@@ -68,7 +68,9 @@ class Evaluator:
             count, in_axes=(None, 0, 0, None), devices=devices
         )
 
-    def top1(self, variables: Any, policies: Any, progress: Callable[..., Any] = iter) -> np.ndarray:
+    def top1(
+        self, variables: Any, policies: Any, progress: Callable[..., Any] = iter
+    ) -> np.ndarray:
         """Accuracy of each policy: float64 ``[M]`` in 0..1.
 
         Args:
@@ -78,7 +80,7 @@ class Evaluator:
 
         Raises:
           UserError: a policy does not fit, needs BN statistics that no step has seen
-            (`recalibrate`), or gives logits that are not finite.
+            (`pairs.recalibrate`), or gives logits that are not finite.
         """
         if self.model.quant.space is None:
             policies = np.zeros((len(policies), self.model.num_layers), np.int32)
@@ -178,58 +180,3 @@ def evaluate(
     if policy is not None:
         result["policy"] = {"widths": blocks[-1][0].tolist(), "top1": float(scores[-1])}
     return result
-
-
-def covering_policies(model: Network) -> np.ndarray:
-    """n^2 policies that walk through every pair of widths at every layer: int32 ``[n^2, L]``."""
-    n, choices = model.space.n, np.asarray(model.space.choices, np.int32)
-    layer = np.arange(model.num_layers)
-    return np.stack([choices[(start + jump * layer) % n] for start in range(n) for jump in range(n)])
-
-
-def recalibrate(
-    model: Network, variables: Any, images: np.ndarray, mean: Any, std: Any, batch_size: int = 128
-) -> dict[str, Any]:
-    """Estimates the BN statistics of the pairs that no training step visited; leaves all others.
-
-    Scale and bias of such a pair become those of its [c, c] pair; mean and variance the average
-    over the batches of ``images``, run through policies that cover all pairs.
-
-    Args:
-      images: uint8 ``[N, H, W, C]`` of the training data, at least one batch.
-      mean, std: ``[C]`` for normalisation.
-
-    Returns:
-      new variables, in which every pair counts as visited.
-    """
-    if len(images) < batch_size:
-        raise UserError(f"recalibration: {len(images)} images; give at least {batch_size}")
-    start = fill_unvisited_pairs(variables, model.layers)
-
-    @jax.jit
-    def update(stats: Any, batch: jax.Array, bits: jax.Array) -> Any:
-        x = normalize(batch, mean, std)
-        state = {"params": start["params"], "batch_stats": stats}
-        return model.apply(state, x, bits=bits, train=True, mutable=["batch_stats"])[1]
-
-    stats = start["batch_stats"]
-    for i in range(len(images) // batch_size):
-        batch = images[i * batch_size : (i + 1) * batch_size]
-        for policy in covering_policies(model):
-            stats = update(stats, batch, policy)["batch_stats"]
-    old = variables["batch_stats"]
-    merged = dict(old)
-    for layer in model.layers:
-        norms = {}
-        for norm, table in old[layer.name].items():
-            unseen = np.asarray(table["count"]) == 0
-            norms[norm] = {
-                leaf: jnp.where(
-                    unseen if leaf == "count" else unseen[..., None],
-                    stats[layer.name][norm][leaf],
-                    table[leaf],
-                )
-                for leaf in table
-            }
-        merged[layer.name] = norms
-    return {"params": start["params"], "batch_stats": merged}

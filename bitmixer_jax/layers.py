@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -21,8 +20,8 @@ from jax import lax
 from bitmixer_jax import quantizers
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.layer_table import LayerInfo, Padding
 
-Padding = tuple[tuple[int, int], tuple[int, int]]
 Norm = Literal["transitional", "per_width"]
 
 
@@ -50,7 +49,7 @@ class Quantization:
         sums are float32).
     """
 
-    space: BitSpace | None = BitSpace()
+    space: BitSpace | None = dataclasses.field(default_factory=BitSpace)
     activations: bool = True
     weights: bool = True
     weight_kind: str = "floor"
@@ -72,7 +71,9 @@ class Quantization:
             object.__setattr__(self, "activations", False)
             object.__setattr__(self, "weights", False)
         if self.weights and not self.activations:
-            raise UserError("quantisation: weights without activations is not a stage; quantise both")
+            raise UserError(
+                "quantisation: weights without activations is not a stage; quantise both"
+            )
 
     @property
     def n(self) -> int:
@@ -86,7 +87,12 @@ class Quantization:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _conv(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, groups: int, dtype: str
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    groups: int,
+    dtype: str,
 ) -> jax.Array:
     """Convolution with operands in ``dtype`` and float32 sums, also in the backward pass."""
     return lax.conv_general_dilated(
@@ -101,13 +107,26 @@ def _conv(
 
 
 def _conv_forward(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, groups: int, dtype: str
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    groups: int,
+    dtype: str,
 ) -> Any:
-    return _conv(x, kernel, strides, padding, groups, dtype), (x.astype(dtype), kernel.astype(dtype))
+    return _conv(x, kernel, strides, padding, groups, dtype), (
+        x.astype(dtype),
+        kernel.astype(dtype),
+    )
 
 
 def _conv_backward(
-    strides: tuple[int, int], padding: Padding, groups: int, dtype: str, residuals: Any, g: jax.Array
+    strides: tuple[int, int],
+    padding: Padding,
+    groups: int,
+    dtype: str,
+    residuals: Any,
+    g: jax.Array,
 ) -> Any:
     # Autodiff of a bfloat16 convolution with float32 sums mixes dtypes, which XLA refuses: so the
     # cotangent is cast, and the transposed convolutions are those of the plain operation.
@@ -314,73 +333,6 @@ def fold(
     return gain * step, bias - gain * mean
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelInfo:
-    """One convolution of a layer.
-
-    Attributes:
-      name: its name in the variables, "conv" or "shortcut".
-      shape: ``(kh, kw, C_in / groups, C_out)``.
-      strides, padding, groups: of the convolution.
-      output: ``(H', W', C_out)`` of one example.
-    """
-
-    name: str
-    shape: tuple[int, int, int, int]
-    strides: tuple[int, int]
-    padding: Padding
-    groups: int
-    output: tuple[int, int, int]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates for one example."""
-        kh, kw, c_in, _ = self.shape
-        return kh * kw * c_in * self.output[0] * self.output[1] * self.output[2]
-
-    @property
-    def params(self) -> int:
-        """Number of weights."""
-        kh, kw, c_in, c_out = self.shape
-        return kh * kw * c_in * c_out
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerInfo:
-    """One quantised layer: one width, one quantised input, and each kernel that reads it.
-
-    A projection shortcut reads the same tensor as the first convolution of its block, so it is a
-    second kernel of that layer.
-
-    Attributes:
-      name: such as "stage2.block1.conv1"; also its name in the variables.
-      kind: "conv" or "depthwise".
-      kernels: one KernelInfo, or two with a projection shortcut.
-      previous: which layer's width precedes its own (index into ``model.layers``); -1: the stem.
-      block: which block it belongs to, counted from 0.
-      signed: whether its input takes both signs.
-      input: ``(H, W, C)`` of one example.
-    """
-
-    name: str
-    kind: str
-    kernels: tuple[KernelInfo, ...]
-    previous: int
-    block: int
-    signed: bool
-    input: tuple[int, int, int]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates for one example."""
-        return sum(k.macs for k in self.kernels)
-
-    @property
-    def params(self) -> int:
-        """Number of quantised weights."""
-        return sum(k.params for k in self.kernels)
-
-
 class QuantLayer(nn.Module):
     """A layer as its LayerInfo describes it: quantise, convolve, normalise; once per kernel."""
 
@@ -415,12 +367,3 @@ class QuantLayer(nn.Module):
             )
             outputs.append(norm(sums, scale, previous if after_layer else 0, index, train))
         return tuple(outputs)
-
-
-def tables(tree: Mapping[str, Any], layers: tuple[LayerInfo, ...]) -> Mapping[str, Any]:
-    """The TBN entries of a variable collection: ``{layer/kernel: {scale|mean|...: [P, n, ...]}}``."""
-    return {
-        f"{layer.name}/{kernel.name}": tree[layer.name][f"{kernel.name}_norm"]
-        for layer in layers
-        for kernel in layer.kernels
-    }

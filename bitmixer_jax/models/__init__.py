@@ -7,13 +7,15 @@ from typing import Any
 
 from bitmixer_jax.bits import BitSpace, closest
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.layers import KernelInfo, LayerInfo, Quantization
+from bitmixer_jax.layer_table import KernelInfo, LayerInfo
+from bitmixer_jax.layers import Quantization
 from bitmixer_jax.models.mobilenet import MobileNetV2
 from bitmixer_jax.models.network import Network
 from bitmixer_jax.models.resnet import ResNet
 
 __all__ = ["MODELS", "KernelInfo", "LayerInfo", "Network", "create_model"]
 
+_DEFAULT = BitSpace()
 _IMAGENET_RESNET = dict(
     image_shape=(224, 224, 3),
     width=64,
@@ -35,7 +37,7 @@ MODELS: dict[str, tuple[type[Network], dict[str, Any]]] = {
 
 
 def create_model(
-    name: str, *, num_classes: int, space: BitSpace | None = BitSpace(), **settings: Any
+    name: str, *, num_classes: int, space: BitSpace | None = _DEFAULT, **settings: Any
 ) -> Network:
     """Builds a switchable network.
 
@@ -64,8 +66,6 @@ def create_model(
                 f"model {name!r}: unknown setting {setting!r}{closest(setting, known)}"
                 f" (one of {', '.join(known)})"
             )
-    quant = Quantization(
-        space=space, **{k: v for k, v in settings.items() if k in of_quant}
-    )
+    quant = Quantization(space=space, **{k: v for k, v in settings.items() if k in of_quant})
     own = {k: v for k, v in settings.items() if k in of_family}
     return family(**{**defaults, "num_classes": num_classes, "quant": quant, **own})

@@ -9,8 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bitmixer_jax.layers import LayerInfo
-from bitmixer_jax.models.network import Network, conv_info
+from bitmixer_jax.layer_table import LayerInfo, conv_info
+from bitmixer_jax.models.network import Network
 
 # (expansion, channels, blocks, strides) of each stage: table 2 of the paper.
 _STAGES = (

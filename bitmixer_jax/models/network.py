@@ -11,13 +11,11 @@ import numpy as np
 
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.layer_table import LayerInfo, conv_info
 from bitmixer_jax.layers import (
-    KernelInfo,
-    LayerInfo,
-    Padding,
     QuantActivation,
-    Quantization,
     QuantDense,
+    Quantization,
     QuantLayer,
 )
 
@@ -115,12 +113,16 @@ class Network(nn.Module):
         if self.quant.space is None:
             return (0,) * self.num_layers, None
         if bits is None:
-            raise UserError("bits: give a policy, one width per layer, such as model.space.uniform(...)")
+            raise UserError(
+                "bits: give a policy, one width per layer, such as model.space.uniform(...)"
+            )
         if isinstance(bits, tuple | list):
             widths = self.space.check(np.asarray(bits), self.num_layers).tolist()
             return tuple(self.space.index(width) for width in widths), None
         if bits.shape != (self.num_layers,):
-            raise UserError(f"bits: shape {bits.shape}; give one width per layer, ({self.num_layers},)")
+            raise UserError(
+                f"bits: shape {bits.shape}; give one width per layer, ({self.num_layers},)"
+            )
         if not isinstance(bits, jax.core.Tracer):
             self.space.check(bits, self.num_layers)
         return self.space.index(bits), self.space.valid(jnp.asarray(bits))
@@ -152,13 +154,11 @@ class Network(nn.Module):
         info = LayerInfo(
             name="stem",
             kind="conv",
-            kernels=(
-                conv_info("conv", images.shape[1:], features, kernel, strides),
-            ),
+            kernels=(conv_info("conv", self.image_shape, features, kernel, strides),),
             previous=-1,
             block=-1,
             signed=True,  # normalised images
-            input=images.shape[1:],
+            input=self.image_shape,
         )
         return QuantLayer(info, self.end_quant(), name="stem")(images, 0, 0, train)[0]
 
@@ -170,29 +170,3 @@ class Network(nn.Module):
         logits = QuantDense(quant, features=self.num_classes, name="head")(codes, step, 0)
         # Traced widths cannot raise: an unknown one must not pass for an answer.
         return logits if valid is None else jnp.where(valid, logits, jnp.nan)
-
-
-def conv_info(
-    name: str,
-    shape: tuple[int, int, int],
-    features: int,
-    kernel: int,
-    strides: int,
-    groups: int = 1,
-) -> KernelInfo:
-    """Describes a convolution of input ``shape`` (H, W, C), padded by (kernel - 1) / 2."""
-    height, width, channels = shape
-    pad = (kernel - 1) // 2
-
-    def out(size: int) -> int:
-        return (size + 2 * pad - kernel) // strides + 1
-
-    padding: Padding = ((pad, pad), (pad, pad))
-    return KernelInfo(
-        name=name,
-        shape=(kernel, kernel, channels // groups, features),
-        strides=(strides, strides),
-        padding=padding,
-        groups=groups,
-        output=(out(height), out(width), features),
-    )

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bitmixer_jax.layers import LayerInfo
-from bitmixer_jax.models.network import Network, conv_info
+from bitmixer_jax.layer_table import LayerInfo, conv_info
+from bitmixer_jax.models.network import Network
 
 
 class ResNet(Network):

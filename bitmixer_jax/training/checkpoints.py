@@ -99,7 +99,11 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: pathlib.Path, *, keep: int = 2, keep_steps: Iterable[int] = (),
+        self,
+        workdir: pathlib.Path,
+        *,
+        keep: int = 2,
+        keep_steps: Iterable[int] = (),
         read_only: bool = False,
     ) -> None:
         """Opens the folder.

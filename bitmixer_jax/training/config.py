@@ -18,7 +18,14 @@ from bitmixer_jax.training.optimizer import OptimizerSettings
 from bitmixer_jax.training.stages import Stage
 
 # Settings that do not change what is computed: a run may be resumed with other values.
-FREE = ("checkpoint_seconds", "keep_checkpoints", "log_every", "evaluate_every", "data_dir")
+FREE = (
+    "checkpoint_seconds",
+    "keep_checkpoints",
+    "log_every",
+    "evaluate_every",
+    "data_dir",
+    "report_random",
+)
 
 
 def default_config() -> ConfigDict:
@@ -66,7 +73,9 @@ def default_config() -> ConfigDict:
             order=("activations", "weights", "mixed"),
             stages=dict(
                 activations=dict(epochs=5.0, quantize="activations", widths="network", **stage),
-                weights=dict(epochs=10.0, quantize="weights+activations", widths="network", **stage),
+                weights=dict(
+                    epochs=10.0, quantize="weights+activations", widths="network", **stage
+                ),
                 mixed=dict(
                     epochs=15.0,
                     quantize="weights+activations",
@@ -81,6 +90,7 @@ def default_config() -> ConfigDict:
             evaluate_every=5.0,  # epochs
             evaluate_random=5,  # random policies in evaluations while training
             evaluate_batch=500,  # images per device
+            report_random=100,  # random policies in the report
             log_every=50,  # steps
             checkpoint_seconds=60.0,
             keep_checkpoints=2,
@@ -93,7 +103,11 @@ def float_config(config: ConfigDict, epochs: float, learning_rate: float = 0.1) 
     config = config.copy_and_resolve_references()
     stage = dict(config.stages[config.order[0]])
     stage |= dict(
-        epochs=epochs, quantize="nothing", distill="none", policies="draw", draws=1,
+        epochs=epochs,
+        quantize="nothing",
+        distill="none",
+        policies="draw",
+        draws=1,
         learning_rate=learning_rate,
     )
     config.stages = ConfigDict({"float": stage})
@@ -130,6 +144,7 @@ class Run:
     evaluate_every: float
     evaluate_random: int
     evaluate_batch: int
+    report_random: int
     log_every: int
     checkpoint_seconds: float
     keep_checkpoints: int
@@ -218,6 +233,7 @@ def _check_run(run: Run) -> None:
         ("keep_checkpoints", 1),
         ("pad", 0),
         ("evaluate_random", 0),
+        ("report_random", 0),
         ("label_smoothing", 0),
         ("evaluate_every", 0),
         ("checkpoint_seconds", 0),
@@ -260,7 +276,9 @@ def _check_names(
 def _check_type(where: str, value: Any, default: Any) -> None:
     number = isinstance(default, float) and isinstance(value, int | float)
     if not number and type(value) is not type(default):
-        raise UserError(f"{where} = {value!r}; give a {type(default).__name__}, such as {default!r}")
+        raise UserError(
+            f"{where} = {value!r}; give a {type(default).__name__}, such as {default!r}"
+        )
 
 
 def load_config(path: str | pathlib.Path, overrides: list[str]) -> ConfigDict:

@@ -10,20 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax import data as datasets
-from bitmixer_jax.data import Dataset, normalize
+from bitmixer_jax.data import Dataset
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, evaluate
-from bitmixer_jax.models import Network
+from bitmixer_jax.pairs import fill_unvisited_pairs
 from bitmixer_jax.training import config as configuration
-from bitmixer_jax.training.checkpoints import Checkpoints, claim, read_config
+from bitmixer_jax.training.checkpoints import Checkpoints, claim
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.metrics import Bar, Metrics
-from bitmixer_jax.training.optimizer import make_optimizer
-from bitmixer_jax.training.stages import Stage, fill_unvisited_pairs, start_from
+from bitmixer_jax.training.plan import Plan, as_of, initial_state, load_trained, make_plan
 from bitmixer_jax.training.step import (
     Spread,
     StepSettings,
@@ -37,187 +35,9 @@ class Interrupted(Exception):
     """SIGTERM or SIGINT came; the state has been saved. ``args[0]`` is the signal's number."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A run laid out in steps.
-
-    Attributes:
-      run: the configuration.
-      model: the network, as after the last stage.
-      steps_per_epoch: whole batches in the training data.
-      ends: step at which each stage ends.
-    """
-
-    run: Run
-    model: Network
-    steps_per_epoch: int
-    ends: tuple[int, ...]
-
-    def start(self, stage: int) -> int:
-        """First step of a stage."""
-        return self.ends[stage - 1] if stage else 0
-
-    def optimizer(self, stage: int) -> Any:
-        """The optimiser of a stage."""
-        steps = self.ends[stage] - self.start(stage)
-        return make_optimizer(self.run.optimizer, self.run.stages[stage], steps)
-
-    def rows(self, step: int) -> np.ndarray:
-        """Which examples step ``step`` takes: int32 ``[B]``, a function of (seed, epoch) alone."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        size = self.steps_per_epoch * self.run.batch_size
-        order = _permutation(self.run.seed, epoch, size)
-        return order[within * self.run.batch_size :][: self.run.batch_size]
-
-    def state(self, params: Any, batch_stats: Any, stage: int, step: int) -> TrainState:
-        """A state with fresh optimiser state."""
-        ema = jax.tree.map(jnp.array, params) if self.run.optimizer.ema else None
-        opt_state = self.optimizer(stage).init(params)
-        return TrainState(jnp.int32(step), params, batch_stats, opt_state, ema)
-
-    def abstract_state(self) -> TrainState:
-        """Shapes and dtypes of the state, the same in all stages."""
-
-        def build() -> TrainState:
-            images = jnp.zeros((1, *self.model.image_shape))
-            variables = init(self.model, jax.random.key(0), images)
-            return self.state(variables["params"], variables["batch_stats"], 0, 0)
-
-        return jax.eval_shape(build)
-
-
-_orders: dict[tuple[int, int, int], np.ndarray] = {}
-
-
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of an epoch, kept until the next is asked for."""
-    if (seed, epoch, size) not in _orders:
-        _orders.clear()
-        order = np.random.default_rng((seed, epoch)).permutation(size)
-        _orders[seed, epoch, size] = order.astype(np.int32)
-    return _orders[seed, epoch, size]
-
-
-def init(model: Network, key: jax.Array, images: jax.Array) -> dict[str, Any]:
-    """Variables of a network; step sizes are set from ``images`` float32 ``[N, H, W, C]``.
-
-    Consumes ``key``.
-    """
-    bits = None
-    if model.quant.space is not None:
-        bits = (model.space.widest,) * model.num_layers
-    return model.init(key, images, bits=bits, train=False)
-
-
-def make_plan(run: Run, model: Network, examples: int) -> Plan:
-    """Lays out a run for a training set of ``examples`` images.
-
-    Raises:
-      UserError: the batch does not fit the data or the devices.
-    """
-    devices = jax.device_count()
-    if run.batch_size % devices:
-        raise UserError(
-            f"config.batch_size = {run.batch_size}: not a multiple of the {devices} devices"
-        )
-    if run.batch_size > examples:
-        raise UserError(f"config.batch_size = {run.batch_size}: more than the {examples} images")
-    per_epoch = examples // run.batch_size
-    lengths = [max(1, round(stage.epochs * per_epoch)) for stage in run.stages]
-    return Plan(run, model, per_epoch, tuple(int(end) for end in np.cumsum(lengths)))
-
-
-def _initial_state(plan: Plan, train: Dataset) -> TrainState:
-    """Fresh variables; those of another workdir where the configuration says so."""
-    run, model = plan.run, plan.model
-    batch = normalize(jnp.asarray(train.images[plan.rows(0)]), train.mean, train.std)
-    key = jax.random.key(run.seed)
-    make = jax.jit(lambda key, images: init(model, key, images))
-    variables = make(key, batch)
-    if run.init_from:
-        _, _, source = load_trained(run.init_from)
-        started = start_from(source, variables)
-        if run.is_float or "step" in source["params"][model.names[0]]["conv"]:
-            variables = started
-        else:  # from a float twin: step sizes from its own activations and kernels
-            variables = _with_new_steps(model, started, key, batch)
-    return plan.state(variables["params"], variables["batch_stats"], 0, 0)
-
-
-def _with_new_steps(
-    model: Network, variables: Mapping[str, Any], key: jax.Array, images: jax.Array
-) -> dict[str, Any]:
-    """The variables with the step sizes that `init` would set for these kernels and images."""
-    without = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if path[-1].key == "step" else leaf, dict(variables["params"])
-    )
-
-    def prune(tree: Any) -> Any:
-        if not isinstance(tree, Mapping):
-            return tree
-        return {k: p for k, v in tree.items() if (p := prune(v)) is not None and p != {}}
-
-    bits = (model.space.widest,) * model.num_layers
-    _, made = model.apply(
-        {"params": prune(without), "batch_stats": variables["batch_stats"]},
-        images,
-        bits=bits,
-        train=True,
-        rngs={"params": key},
-        mutable=["params", "batch_stats"],
-    )
-    return {"params": made["params"], "batch_stats": variables["batch_stats"]}
-
-
-def load_trained(source: str | pathlib.Path) -> tuple[Run, Network, dict[str, Any]]:
-    """Loads a network from a workdir: its run, the network as of that stage, its variables.
-
-    Args:
-      source: WORKDIR (its newest checkpoint), or WORKDIR@STAGE (the end of that stage).
-
-    Raises:
-      UserError: no run there, no checkpoint yet, no such stage, or a damaged checkpoint.
-    """
-    folder, _, name = str(source).partition("@")
-    saved = read_config(pathlib.Path(folder))
-    about = saved.pop("made_for", None)
-    if not about:
-        raise UserError(f"{folder}: config.json does not say what the network was made for")
-    run = configuration.read(saved)
-    plan = make_plan_for(run, about)
-    checkpoints = Checkpoints(pathlib.Path(folder), keep_steps=plan.ends, read_only=True)
-    step = None
-    if name:
-        names = [stage.name for stage in run.stages]
-        if name not in names:
-            raise UserError(f"{source}: no stage {name!r}; its stages are {', '.join(names)}")
-        step = plan.ends[names.index(name)]
-    state = checkpoints.restore(plan.abstract_state(), step)
-    checkpoints.close()
-    if state is None:
-        raise UserError(f"{folder}: no checkpoint yet; train it first")
-    stage = run.stages[_stage_of(plan, int(state.step))]
-    return run, _as_of(plan.model, stage), state.variables
-
-
-def make_plan_for(run: Run, about: Mapping[str, Any]) -> Plan:
-    """The plan of a saved run, without its data: ``about`` is "made_for" in config.json."""
-    model = run.build(len(about["classes"]), tuple(about["image_shape"]))
-    per_epoch = about["examples"] // run.batch_size
-    lengths = [max(1, round(stage.epochs * per_epoch)) for stage in run.stages]
-    return Plan(run, model, per_epoch, tuple(int(end) for end in np.cumsum(lengths)))
-
-
-def _stage_of(plan: Plan, step: int) -> int:
-    """The stage in which a state of ``step`` steps was made."""
-    return next((i for i, end in enumerate(plan.ends) if step <= end), len(plan.ends) - 1)
-
-
-def _as_of(model: Network, stage: Stage) -> Network:
-    return model.clone(quant=stage.quantization(model.quant))
-
-
-def train(config: Any, workdir: str | pathlib.Path, devices: Sequence[jax.Device] | None = None) -> Run:
+def train(
+    config: Any, workdir: str | pathlib.Path, devices: Sequence[jax.Device] | None = None
+) -> Run:
     """Trains a network through all stages of a configuration, or goes on where a run stopped.
 
     Args:
@@ -238,6 +58,11 @@ def train(config: Any, workdir: str | pathlib.Path, devices: Sequence[jax.Device
     data_dir = run.data_dir or None
     train_data = datasets.load(run.dataset, run.train_split, data_dir)
     test_data = datasets.load(run.dataset, run.test_split, data_dir)
+    devices = list(devices or jax.devices())
+    if run.batch_size % len(devices):
+        raise UserError(
+            f"config.batch_size = {run.batch_size}: not a multiple of the {len(devices)} devices"
+        )
     plan = make_plan(run, run.network(train_data), len(train_data))
     about = {
         "classes": list(train_data.classes),
@@ -251,12 +76,11 @@ def train(config: Any, workdir: str | pathlib.Path, devices: Sequence[jax.Device
         {**configuration.to_json(config), "made_for": about},
         free=configuration.FREE,
     )
-    devices = list(devices or jax.devices())
     checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=plan.ends)
     state = checkpoints.restore(plan.abstract_state())
     resumed = state is not None
     if state is None:
-        state = _initial_state(plan, train_data)
+        state = initial_state(plan, train_data)
     done = int(state.step)
     metrics, bar = Metrics(workdir, done), Bar(plan.ends[-1], done)
     if resumed:
@@ -365,7 +189,8 @@ class _Trainer:
         state = replicate(state, self.devices)
         step_function = self.step_function(number)
         teacher = self.teacher_variables if stage.distill == "teacher" else None
-        step, pending, clock = int(state.step), [], _Clock(run.batch_size)
+        step, clock = int(state.step), _Clock(run.batch_size)
+        pending: list[Any] = []
         every = max(1, round(run.evaluate_every * plan.steps_per_epoch))
         self.bar.say(f"stage {stage.name}: steps {step} to {plan.ends[number]}")
         while step < plan.ends[number]:
@@ -373,7 +198,9 @@ class _Trainer:
                 self.evaluate(state, number)
                 clock.restart()
             if time.monotonic() - self.saved_at > run.checkpoint_seconds or signals.received:
-                pending = self.log(pending, step, number, clock)  # raises where a loss is not finite
+                pending = self.log(
+                    pending, step, number, clock
+                )  # raises where a loss is not finite
                 self.save(state, number)
                 clock.restart()
             if signals.received:
@@ -402,9 +229,7 @@ class _Trainer:
         self.checkpoints.save(state, {"stage": self.plan.run.stages[stage].name})
         self.saved_at = time.monotonic()
 
-    def log(
-        self, pending: list[Any], step: int, stage: int, clock: _Clock
-    ) -> list[Any]:
+    def log(self, pending: list[Any], step: int, stage: int, clock: _Clock) -> list[Any]:
         """Fetches and records the metrics since the last call. Returns an empty list.
 
         Raises:
@@ -443,7 +268,7 @@ class _Trainer:
         if stage not in self.evaluators:
             self.evaluators = {
                 stage: Evaluator(
-                    _as_of(self.plan.model, layout),
+                    as_of(self.plan.model, layout),
                     self.test_data,
                     self.train_data.mean,
                     self.train_data.std,

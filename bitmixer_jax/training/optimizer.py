@@ -45,7 +45,9 @@ class OptimizerSettings:
             raise UserError("optimizer: adam takes no weight_decay; set it to 0, or use adamw")
         for field in ("momentum", "ema"):
             if not 0 <= getattr(self, field) < 1:
-                raise UserError(f"optimizer: {field} = {getattr(self, field)}; give 0 <= {field} < 1")
+                raise UserError(
+                    f"optimizer: {field} = {getattr(self, field)}; give 0 <= {field} < 1"
+                )
         for field in ("weight_decay", "clip_norm"):
             if getattr(self, field) < 0:
                 raise UserError(f"optimizer: {field} = {getattr(self, field)}; give 0 or more")

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bitmixer_jax.bits import BitSpace, sample_mixed
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.layers import Quantization
-from bitmixer_jax.models import LayerInfo, Network
+from bitmixer_jax.models import Network
+from bitmixer_jax.pairs import pairs_used
 
 Variables = Mapping[str, Any]
 
@@ -81,7 +81,9 @@ class Stage:
                 raise UserError(f"{where}: {field} = {getattr(self, field)}; give a number in 0..1")
         for field in ("epochs", "temperature", "learning_rate"):
             if not getattr(self, field) > 0:
-                raise UserError(f"{where}: {field} = {getattr(self, field)}; give a positive number")
+                raise UserError(
+                    f"{where}: {field} = {getattr(self, field)}; give a positive number"
+                )
         if self.draws < 1:
             raise UserError(f"{where}: draws = {self.draws}; give 1 or more")
         if self.distill == "widest" and self.policies == "draw":
@@ -129,36 +131,11 @@ class Stage:
         keys = jax.random.split(key, len(starts))
         rows = []
         for i, width in enumerate(starts):
-            fixed = self.policies != "draw" and i == 0  # the widest, as it is
-            fixed |= self.policies == "sandwich" and i == len(starts) - 1  # the narrowest
-            rows.append(
-                jnp.full(num_layers, width, jnp.int32)
-                if fixed
-                else sample_mixed(keys[i], space, num_layers, rho, groups, network=width)
-            )
+            widest = self.policies != "draw" and i == 0
+            narrowest = self.policies == "sandwich" and i == len(starts) - 1
+            departs = 0.0 if widest or narrowest else rho
+            rows.append(sample_mixed(keys[i], space, num_layers, departs, groups, network=width))
         return jnp.stack(rows)
-
-
-def _index_one_hot(model: Network, policies: jax.Array) -> jax.Array:
-    """Own index of each layer under each policy: bool ``[M, L, n]``."""
-    return jax.nn.one_hot(model.space.index(policies), model.space.n, dtype=bool)
-
-
-def pairs_used(model: Network, policies: jax.Array) -> dict[str, jax.Array]:
-    """Which TBN pairs each layer walks through under any of the policies: bool ``[P, n]`` by layer.
-
-    Args:
-      policies: int32 ``[M, L]``.
-    """
-    own = _index_one_hot(model, jnp.asarray(policies))
-    used = {}
-    for i, layer in enumerate(model.layers):
-        if layer.previous >= 0 and model.quant.norm == "transitional":
-            before = own[:, layer.previous, :, None]
-        else:
-            before = jnp.ones((own.shape[0], 1, 1), bool)
-        used[layer.name] = jnp.any(before & own[:, i, None, :], axis=0)
-    return used
 
 
 def selected(model: Network, params: Variables, policies: jax.Array) -> Any:
@@ -170,8 +147,9 @@ def selected(model: Network, params: Variables, policies: jax.Array) -> Any:
     masks = jax.tree.map(lambda _: jnp.ones((), bool), params)
     if model.quant.space is None:
         return masks
+    pairs = pairs_used(model, policies)
     for layer in model.layers:
-        used = pairs_used(model, policies)[layer.name]
+        used = pairs[layer.name]
         own = jnp.any(used, axis=0)
         masks[layer.name]["input"]["step"] = own
         for kernel in layer.kernels:
@@ -180,54 +158,6 @@ def selected(model: Network, params: Variables, policies: jax.Array) -> Any:
             norm = masks[layer.name][f"{kernel.name}_norm"]
             norm["scale"] = norm["bias"] = used[..., None]
     return masks
-
-
-def never_visited(
-    model: Network, batch_stats: Variables, policies: Any
-) -> list[tuple[str, int, int]]:
-    """Pairs that the policies use and that no training step visited: their statistics are not known.
-
-    Args:
-      policies: int32 ``[M, L]``.
-
-    Returns:
-      (layer name, previous width, own width) of each; previous is 0 where it has no say.
-    """
-    if model.quant.space is None:
-        return []
-    found = []
-    choices = model.space.choices
-    used = pairs_used(model, jnp.asarray(policies))
-    for layer in model.layers:
-        count = np.asarray(batch_stats[layer.name]["conv_norm"]["count"])
-        for p, c in np.argwhere(np.asarray(used[layer.name]) & (count == 0)):
-            found.append((layer.name, choices[p] if len(count) > 1 else 0, choices[c]))
-    return found
-
-
-def fill_unvisited_pairs(variables: Variables, layers: tuple[LayerInfo, ...]) -> dict[str, Any]:
-    """Hand-over to a layer-wise stage: each pair not visited so far starts from its [c, c] slice.
-
-    Copies scale, bias, mean and var; counts stay, as a copied pair has not been visited. With no
-    layer drawing its own width, the network computes what it did before.
-    """
-    params, stats = jax.tree.map(jnp.asarray, (variables["params"], variables["batch_stats"]))
-    for layer in layers:
-        for kernel in layer.kernels:
-            norm = f"{kernel.name}_norm"
-            count = stats[layer.name][norm]["count"]
-            if count.shape[0] == 1:
-                continue
-            diagonal = jnp.arange(count.shape[1])
-            fresh = ((count == 0) & (count[diagonal, diagonal] > 0)[None, :])[..., None]
-
-            def filled(table: jax.Array, fresh: Any = fresh, diagonal: Any = diagonal) -> jax.Array:
-                return jnp.where(fresh, table[diagonal, diagonal][None], table)
-
-            for tree, leaves in ((params, ("scale", "bias")), (stats, ("mean", "var"))):
-                for leaf in leaves:
-                    tree[layer.name][norm][leaf] = filled(tree[layer.name][norm][leaf])
-    return {"params": params, "batch_stats": stats}
 
 
 def start_from(source: Variables, target: Variables) -> dict[str, Any]:

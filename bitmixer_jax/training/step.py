@@ -154,9 +154,7 @@ def make_train_step(
         )
         loss, accuracy, grads = lax.pmean((loss, accuracy, grads), AXIS)
         # Visit counts are integers, and equal on all devices.
-        stats = jax.tree.map(
-            lambda s: lax.pmean(s, AXIS) if s.dtype == jnp.float32 else s, stats
-        )
+        stats = jax.tree.map(lambda s: lax.pmean(s, AXIS) if s.dtype == jnp.float32 else s, stats)
         params, opt_state = apply_selected(
             tx, grads, state.opt_state, state.params, selected(model, state.params, policies)
         )

@@ -117,6 +117,7 @@ def test_depends_on_the_key_alone() -> None:
         ({"pad": 1, "total": 7}, "at least the batch's 8 examples, got 7"),
         ({"pad": 1, "total": 16, "offset": 9}, r"0\.\.8 .* got 9"),
         ({"pad": 1, "total": 16, "offset": -1}, "got -1"),
+        ({"pad": 1, "offset": -1}, "offset must be 0 or more, got -1"),
     ],
 )
 def test_wrong_arguments(options: dict[str, int], message: str) -> None:

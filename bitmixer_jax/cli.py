@@ -1,0 +1,234 @@
+"""The command line: ``bitmixer train | evaluate | prepare | benchmark``.
+
+Exit status: 0; 2 for a user's mistake (one line on standard error); 143 after SIGTERM and 130
+after an interrupt, once the state is saved. Heavy imports wait until a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bitmixer",
+        description="Networks whose layers change bit-width at runtime (Bit-Mixer).",
+        epilog="example: bitmixer train --config experiments/configs/digits.py --workdir runs/digits",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[..., int], help: str, example: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=f"example: {example}",
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command(
+        "train",
+        _train,
+        "train a network, or go on where a run was stopped",
+        "bitmixer train --config experiments/configs/digits.py --workdir runs/digits "
+        "--config.seed=1 --config.stages.mixed.epochs=40",
+    )
+    train.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="Python file with get_config()"
+    )
+    train.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
+    train.add_argument("--config.NAME", metavar="VALUE", help="change a setting (repeatable)")
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "test accuracy by uniform width, of random policies, of one policy",
+        "bitmixer evaluate --workdir runs/digits --random 100 --policy 4,3,2,2,3,4 --json out.json",
+    )
+    evaluate.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR[@STAGE]",
+        help="folder of a run; @STAGE: as it was at the end of that stage",
+    )
+    evaluate.add_argument(
+        "--policy", help="a width (3), one per layer (4,3,2,...), or a policy file"
+    )
+    evaluate.add_argument(
+        "--random", type=_whole, default=0, metavar="N", help="number of random policies"
+    )
+    evaluate.add_argument(
+        "--seed", type=_whole, default=0, help="of the random policies (default 0)"
+    )
+    evaluate.add_argument("--no-uniform", action="store_true", help="leave the uniform widths out")
+    evaluate.add_argument(
+        "--levels", action="store_true", help="also count the levels each layer uses"
+    )
+    evaluate.add_argument(
+        "--recalibrate",
+        action="store_true",
+        help="estimate BN statistics of pairs of widths never visited in training",
+    )
+    evaluate.add_argument("--data_dir", help="where the data are, if not where training found them")
+    evaluate.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="write the result there"
+    )
+
+    prepare = command(
+        "prepare",
+        _prepare,
+        "verify a data set and keep a local copy for training",
+        "bitmixer prepare cifar10 --source cifar-10-python.tar.gz --data_dir data",
+    )
+    prepare.add_argument("name", help="cifar10, fashion_mnist or mnist")
+    prepare.add_argument("--source", required=True, type=pathlib.Path, help="archive or folder")
+    prepare.add_argument(
+        "--data_dir",
+        type=pathlib.Path,
+        help="where the copy goes (default: $BITMIXER_DATA or a cache folder)",
+    )
+
+    benchmark = command(
+        "benchmark",
+        _benchmark,
+        "time of a training step against that of the float twin, in one run",
+        "bitmixer benchmark --model resnet20 --batch_size 128 --json speed.json",
+    )
+    benchmark.add_argument(
+        "--model", default="resnet20", help="name of the network (default resnet20)"
+    )
+    benchmark.add_argument(
+        "--batch_size", type=_whole, default=128, help="over all devices (default 128)"
+    )
+    benchmark.add_argument(
+        "--steps", type=_whole, default=20, help="timed steps of each kind (default 20)"
+    )
+    benchmark.add_argument("--compute_dtype", default="float32", help="float32 or bfloat16")
+    benchmark.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="write the result there"
+    )
+    return parser
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 or more")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    from bitmixer_jax.errors import UserError
+
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = [word for word in rest if word.startswith("--config.")]
+    unknown = [word for word in rest if word not in overrides]
+    if unknown or (overrides and arguments.command != "train"):
+        hint = ""
+        if any(word.startswith("--config") for word in rest):
+            hint = " (write settings as --config.NAME=VALUE)"
+        parser.error(f"unknown arguments: {' '.join(unknown or overrides)}{hint}")
+    arguments.overrides = overrides
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"bitmixer: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from bitmixer_jax.runs import train_and_report
+    from bitmixer_jax.training import Interrupted, load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    try:
+        folder = train_and_report(config, arguments.workdir)
+    except Interrupted as signal:
+        return 128 + int(signal.args[0])
+    print(f"report: {folder / 'README.md'}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from bitmixer_jax.report import table
+    from bitmixer_jax.runs import evaluate_workdir
+
+    _check_output(arguments.json)
+    result = evaluate_workdir(
+        arguments.workdir,
+        policy=arguments.policy,
+        random=arguments.random,
+        seed=arguments.seed,
+        uniform=not arguments.no_uniform,
+        data_dir=arguments.data_dir,
+        recalibrate_unvisited=arguments.recalibrate,
+        count_levels=arguments.levels,
+    )
+    levels = result.pop("levels", None)
+    Console().print(Markdown("\n".join(table(result))))
+    if levels:
+        print("layer, bits: levels used by weights, by activations (share at the top level)")
+        for row in levels:
+            print(
+                f"{row.layer}, {row.bits}: {row.weights}/{2**row.bits}, "
+                f"{row.activations}/{2**row.bits} ({100 * row.saturated:.1f}%)"
+            )
+    _write_json(arguments.json, result)
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from bitmixer_jax.data import prepare
+
+    print(f"ready: {prepare(arguments.name, arguments.source, arguments.data_dir)}")
+    return 0
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    from bitmixer_jax.benchmark import benchmark, describe
+
+    _check_output(arguments.json)
+    result = benchmark(
+        arguments.model,
+        batch_size=arguments.batch_size,
+        steps=arguments.steps,
+        compute_dtype=arguments.compute_dtype,
+    )
+    print(describe(result))
+    _write_json(arguments.json, result)
+    return 0
+
+
+def _check_output(path: pathlib.Path | None) -> None:
+    """Says before the work, not after it, that the result could not be written."""
+    from bitmixer_jax.errors import UserError
+
+    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise UserError(f"--json {path}: cannot write in {path.parent}")
+
+
+def _write_json(path: pathlib.Path | None, result: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Which quantisation levels a trained network really uses: the check against silent mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from bitmixer_jax import quantizers
+from bitmixer_jax.layers import QuantActivation
+from bitmixer_jax.models import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelCount:
+    """Levels in use in one layer at one width.
+
+    Attributes:
+      layer: its name.
+      bits: the width; 2^bits levels are there to be used.
+      weights: how many levels its kernels use.
+      activations: how many levels its input uses, on the images given.
+      saturated: share (0..1) of the activations at the highest level.
+    """
+
+    layer: str
+    bits: int
+    weights: int
+    activations: int
+    saturated: float
+
+
+def levels_used(model: Network, variables: Any, images: jax.Array) -> list[LevelCount]:
+    """Counts the levels in use, with all layers at each width in turn.
+
+    Args:
+      images: float32 ``[N, H, W, C]``, normalised; a few hundred are enough.
+    """
+    space = model.space
+
+    @jax.jit
+    def inputs(variables: Any, images: Any, bits: Any) -> Any:
+        _, seen = model.apply(
+            variables,
+            images,
+            bits=bits,
+            capture_intermediates=lambda module, _: isinstance(module, QuantActivation),
+            mutable=["intermediates"],
+        )
+        return seen["intermediates"]
+
+    found = []
+    for index, bits in enumerate(space.choices):
+        seen = inputs(variables, images, space.uniform(bits, model.num_layers))
+        for layer in model.layers:
+            codes, _ = seen[layer.name]["input"]["__call__"][0]
+            of_input = np.asarray(quantizers.levels(codes, bits, layer.signed))
+            of_weights = np.zeros(2**bits, np.int64)
+            for kernel in layer.kernels:
+                held = variables["params"][layer.name][kernel.name]
+                w_codes, _ = quantizers.weight_codes(
+                    held["kernel"], held["step"], index, space, model.quant.weight_kind
+                )
+                of_weights += np.asarray(quantizers.levels(w_codes, bits, True))
+            found.append(
+                LevelCount(
+                    layer.name,
+                    bits,
+                    int((of_weights > 0).sum()),
+                    int((of_input > 0).sum()),
+                    float(of_input[-1] / of_input.sum()),
+                )
+            )
+    return found

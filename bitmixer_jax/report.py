@@ -1,0 +1,209 @@
+"""The report of a run: plots and a short summary, made from what is in its workdir."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.models import Network
+from bitmixer_jax.training.metrics import read_metrics
+
+_COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2")
+
+
+def write_report(
+    workdir: pathlib.Path,
+    model: Network,
+    batch_stats: Mapping[str, Any],
+    result: Mapping[str, Any],
+    config: Mapping[str, Any],
+    float_top1: float | None = None,
+) -> pathlib.Path:
+    """Writes ``workdir/report``: README.md, evaluation.json and plots.
+
+    Args:
+      model, batch_stats: the trained network; its visit counts become the heat map.
+      result: of `evaluation.evaluate`.
+      config: of the run, a JSON tree.
+      float_top1: accuracy of the float twin, where it is known.
+
+    Returns:
+      the folder.
+    """
+    folder = workdir / "report"
+    folder.mkdir(exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    plots = ["curves.png"]
+    plot_curves(folder / "curves.png", workdir)
+    if "uniform" in result:
+        plot_accuracy(folder / "accuracy.png", {"": result}, float_top1)
+        plot_visits(folder / "pairs.png", model, batch_stats)
+        plots += ["accuracy.png", "pairs.png"]
+    lines = [f"# {config['model']['name']} on {config['dataset']}", "", *table(result, float_top1)]
+    lines += [
+        "",
+        "| stage | epochs | quantised | widths | learning rate |",
+        "|---|---|---|---|---|",
+    ]
+    for name in config["order"]:
+        stage = config["stages"][name]
+        lines.append(
+            f"| {name} | {stage['epochs']:g} | {stage.get('quantize', 'weights+activations')} | "
+            f"{stage.get('widths', 'network')} | {stage.get('learning_rate', 0.1):g} |"
+        )
+    lines += ["", f"Seed {config['seed']}, batch {config['batch_size']}.", ""]
+    lines += [f"![{plot.removesuffix('.png')}]({plot})" for plot in plots]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def table(result: Mapping[str, Any], float_top1: float | None = None) -> list[str]:
+    """A Markdown table of an evaluation, one row per protocol; accuracies in percent."""
+    rows = [f"| top-1, {result['examples']} images | % |", "|---|---|"]
+    if "float" in result:
+        float_top1 = result["float"]
+    if float_top1 is not None:
+        rows.append(f"| float twin | {100 * float_top1:.2f} |")
+    for width, top1 in reversed(list(result.get("uniform", {}).items())):
+        rows.append(f"| all layers at {width} bits | {100 * top1:.2f} |")
+    if "random" in result:
+        r = result["random"]
+        rows.append(
+            f"| {r['policies']} random policies ({r['average_bits']:.2f} bits on average) | "
+            f"{100 * r['mean']:.2f} +- {100 * r['std']:.2f}, worst {100 * r['worst']:.2f} |"
+        )
+    if "policy" in result:
+        widths = result["policy"]["widths"]
+        rows.append(
+            f"| policy {','.join(map(str, widths))} ({np.mean(widths):.2f} bits on average) | "
+            f"{100 * result['policy']['top1']:.2f} |"
+        )
+    return rows
+
+
+def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
+    """A figure that needs no screen (the object interface keeps pyplot's state out of libraries)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, 1, sharex=True)
+
+
+def plot_curves(path: pathlib.Path, workdir: pathlib.Path) -> None:
+    """Training loss, and test accuracy by protocol, over epochs; the stages are shaded."""
+    train, test = read_metrics(workdir, "train"), read_metrics(workdir, "evaluate")
+    figure, (top, bottom) = _figure(8, 6, rows=2)
+    epoch_of = {record["step"]: record["epoch"] for record in train}
+    per_epoch = max((s / e for s, e in epoch_of.items() if e), default=1.0)
+    top.plot([r["epoch"] for r in train], [r["loss"] for r in train], color=_COLORS[0])
+    top.set(ylabel="training loss (nats)", yscale="log")
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in test:
+        at = record["step"] / per_epoch
+        if "float" in record:
+            series.setdefault("float", []).append((at, record["float"]))
+        for width, top1 in record.get("uniform", {}).items():
+            series.setdefault(f"{width} bits", []).append((at, top1))
+        if "random" in record:
+            series.setdefault("random (mean)", []).append((at, record["random"]["mean"]))
+    for color, (name, points) in zip(_COLORS * 3, series.items(), strict=False):
+        x, y = zip(*points, strict=True)
+        bottom.plot(x, [100 * v for v in y], marker="o", ms=3, label=name, color=color)
+    bottom.set(xlabel="epoch", ylabel="test accuracy (%)")
+    if series:
+        bottom.legend()
+    starts: dict[str, float] = {}
+    for record in train:
+        starts.setdefault(record["stage"], record["epoch"])
+    edges = [*starts.values(), train[-1]["epoch"] if train else 0]
+    for i, (name, begin) in enumerate(starts.items()):
+        for axis in (top, bottom):
+            axis.axvspan(begin, edges[i + 1], color="0.5", alpha=0.06 if i % 2 else 0.14, lw=0)
+        top.text(begin, 1.02, f" {name}", transform=top.get_xaxis_transform(), fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def plot_accuracy(
+    path: pathlib.Path, results: Mapping[str, Mapping[str, Any]], float_top1: float | None = None
+) -> None:
+    """Accuracy of each uniform width beside the spread of random policies.
+
+    Args:
+      results: evaluations to compare, by name (one, or several arms of an experiment).
+    """
+    figure, axis = _figure(7, 4.2)
+    widths = list(next(iter(results.values()))["uniform"])
+    rng = np.random.default_rng(0)
+    for i, (name, result) in enumerate(results.items()):
+        color, shift = _COLORS[i % len(_COLORS)], 0.8 * ((i + 0.5) / len(results) - 0.5)
+        spots = np.arange(len(widths)) + shift
+        top1 = [100 * result["uniform"][w] for w in widths]
+        axis.bar(spots, top1, 0.7 / len(results), color=color, alpha=0.8, label=name or None)
+        if "random" in result:
+            scores = 100 * np.asarray(result["random"]["scores"])
+            spot = len(widths) + shift
+            jitter = rng.uniform(-0.22, 0.22, len(scores)) / len(results)
+            axis.plot(spot + jitter, scores, ".", ms=4, color=color, alpha=0.6)
+            axis.plot([spot - 0.2, spot + 0.2], [scores.mean()] * 2, color="black", lw=1.5)
+    if float_top1 is not None:
+        axis.axhline(100 * float_top1, color="0.3", ls="--", lw=1, label="float twin")
+    number = max((r["random"]["policies"] for r in results.values() if "random" in r), default=0)
+    axis.set_xticks(
+        range(len(widths) + 1),
+        [f"all layers\n{w} bits" for w in widths] + [f"{number} random\npolicies (bar: mean)"],
+    )
+    lows = [v for r in results.values() for v in r["uniform"].values()]
+    lows += [r["random"]["worst"] for r in results.values() if "random" in r]
+    axis.set_ylim(100 * min(lows) - 2, min(100, 100 * max([*lows, float_top1 or 0]) + 2))
+    axis.set_ylabel("test accuracy (%)")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def plot_visits(path: pathlib.Path, model: Network, batch_stats: Mapping[str, Any]) -> None:
+    """Heat map of how many training steps visited each pair of widths, by layer."""
+    from matplotlib.colors import LogNorm
+
+    space: BitSpace = model.space
+    pairs = [(p, c) for p in space.choices for c in space.choices]
+    counts = np.full((model.num_layers, len(pairs)), np.nan)
+    for row, layer in enumerate(model.layers):
+        count = np.asarray(batch_stats[layer.name]["conv_norm"]["count"])
+        if len(count) == 1:  # no width before it: one number per own width, in the [c, c] columns
+            for i in range(space.n):
+                counts[row, i * (space.n + 1)] = count[0, i]
+        else:
+            counts[row] = count.ravel()
+    figure, axis = _figure(1.5 + 0.62 * len(pairs), 1.6 + 0.3 * model.num_layers)
+    axis.set_facecolor("0.9")
+    shown = np.where(counts == 0, np.nan, counts)
+    if np.isfinite(shown).any():
+        low, high = np.nanmin(shown), np.nanmax(shown)
+        image = axis.imshow(shown, aspect="auto", norm=LogNorm(low, max(high, low + 1)))
+        figure.colorbar(image, label="training steps")
+    for (row, column), value in np.ndenumerate(counts):
+        if not np.isnan(value) and model.num_layers <= 24:
+            axis.text(
+                column,
+                row,
+                f"{value:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white",
+                bbox=dict(boxstyle="round,pad=0.1", fc="black", ec="none", alpha=0.35),
+            )
+    axis.set_xticks(range(len(pairs)), [f"{p}\u2192{c}" for p, c in pairs])
+    axis.set_yticks(range(model.num_layers), _short(model.names), fontsize=8)
+    axis.set_xlabel("width of the layer before \u2192 own width (bits)")
+    figure.savefig(path, dpi=120)
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    return [name.replace("stage", "s").replace(".block", ".b") for name in names]

@@ -1,0 +1,155 @@
+"""What the command line does with a workdir: train and report, evaluate."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bitmixer_jax import data as datasets
+from bitmixer_jax.bits import parse_policy
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.evaluation import Evaluator, evaluate
+from bitmixer_jax.levels import levels_used
+from bitmixer_jax.models import Network
+from bitmixer_jax.pairs import never_visited, recalibrate
+from bitmixer_jax.report import write_report
+from bitmixer_jax.training import Run, load_trained, train
+from bitmixer_jax.training.checkpoints import read_config
+
+
+def train_and_report(config: Any, workdir: pathlib.Path) -> pathlib.Path:
+    """Trains (or goes on), evaluates by the three protocols, and writes ``workdir/report``.
+
+    Args:
+      config: see `training.default_config`.
+
+    Returns:
+      the folder of the report.
+
+    Raises:
+      as `training.train`.
+    """
+    run = train(config, workdir)
+    _, model, variables = load_trained(workdir)
+    result = _evaluate(
+        run,
+        model,
+        variables,
+        random=run.report_random if run.stages[-1].widths == "layer" else 0,
+        seed=run.seed,
+    )
+    saved = read_config(workdir)
+    return write_report(
+        workdir, model, variables["batch_stats"], result, saved, _float_reference(run)
+    )
+
+
+def evaluate_workdir(
+    workdir: str,
+    *,
+    policy: str | None = None,
+    random: int = 0,
+    seed: int = 0,
+    uniform: bool = True,
+    data_dir: str | None = None,
+    recalibrate_unvisited: bool = False,
+    count_levels: bool = False,
+) -> dict[str, Any]:
+    """Evaluates a trained network on its test data.
+
+    Args:
+      workdir: WORKDIR or WORKDIR@STAGE.
+      policy: as `bits.parse_policy` reads it.
+      random, seed, uniform: see `evaluation.evaluate`.
+      data_dir: instead of the one that training used.
+      recalibrate_unvisited: estimate the BN statistics of pairs that training never visited; says
+        which. Without it a policy that needs them is an error.
+      count_levels: add "levels", the list of `levels.levels_used`.
+
+    Returns:
+      the result of `evaluation.evaluate`.
+    """
+    run, model, variables = load_trained(workdir)
+    chosen = None
+    if policy is not None:
+        chosen = parse_policy(policy, model.names, model.space)
+    if model.quant.space is None and (random or recalibrate_unvisited or count_levels):
+        raise UserError(f"{workdir}: a float twin has no widths to draw, recalibrate or count")
+    recalibrated: list[str] = []
+    if recalibrate_unvisited:
+        variables, recalibrated = _recalibrated(run, model, variables, data_dir)
+    result = _evaluate(
+        run,
+        model,
+        variables,
+        random=random,
+        seed=seed,
+        uniform=uniform,
+        policy=chosen,
+        data_dir=data_dir,
+    )
+    if recalibrated:
+        result["recalibrated"] = recalibrated
+    if count_levels:
+        images = datasets.load(run.dataset, run.train_split, data_dir or run.data_dir or None)
+        some = datasets.normalize(jnp.asarray(images.images[:256]), images.mean, images.std)
+        result["levels"] = levels_used(model, variables, some)
+    return result
+
+
+def _evaluate(
+    run: Run, model: Network, variables: Any, *, data_dir: str | None = None, **protocols: Any
+) -> dict[str, Any]:
+    from rich.progress import track
+
+    test = datasets.load(run.dataset, run.test_split, data_dir or run.data_dir or None)
+    evaluator = Evaluator(model, test, test.mean, test.std, batch_size=run.evaluate_batch)
+
+    def progress(policies: Iterable[Any]) -> Iterable[Any]:
+        return track(list(policies), description="evaluating", transient=True)
+
+    return evaluate(
+        evaluator,
+        variables,
+        groups=model.groups(run.selection),  # type: ignore[arg-type]
+        progress=progress,
+        **protocols,
+    )
+
+
+def _recalibrated(
+    run: Run, model: Network, variables: Any, data_dir: str | None
+) -> tuple[Any, list[str]]:
+    """Variables with statistics for all pairs, and the pairs that had none, as text."""
+    from bitmixer_jax.pairs import covering_policies
+
+    missing = never_visited(model, variables["batch_stats"], covering_policies(model))
+    if not missing:
+        print("recalibration: training visited every pair of widths; nothing to do")
+        return variables, []
+    named = [f"{layer} {before or 'any'}->{own}" for layer, before, own in missing]
+    train_data = datasets.load(run.dataset, run.train_split, data_dir or run.data_dir or None)
+    order = np.random.default_rng(run.seed).permutation(len(train_data))
+    images = train_data.images[order[: 8 * 128]]
+    print(
+        f"recalibrating {len(named)} pairs of widths never visited in training, with {len(images)} "
+        f"training images: {', '.join(named[:6])}{', ...' if len(named) > 6 else ''}"
+    )
+    size = min(128, len(images))
+    new = recalibrate(model, variables, images, train_data.mean, train_data.std, size)
+    return new, named
+
+
+def _float_reference(run: Run) -> float | None:
+    """Accuracy of the float twin that a run started from or learned from, if there is one."""
+    for workdir in (run.init_from, run.teacher):
+        if not workdir:
+            continue
+        source, model, variables = load_trained(workdir)
+        if source.is_float:
+            return float(_evaluate(source, model, variables)["float"])
+    return None
