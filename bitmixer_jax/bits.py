@@ -85,7 +85,8 @@ class BitSpace:
         policy = np.asarray(widths)
         if policy.ndim not in (1, 2) or not np.issubdtype(policy.dtype, np.integer):
             raise UserError(
-                f"policy: got {widths!r}; give one whole number of bits per layer, from {self.choices}"
+                f"policy: got {widths!r}; give one whole number of bits per layer, "
+                f"from {self.choices}"
             )
         if num_layers is not None and policy.shape[-1] != num_layers:
             raise UserError(
@@ -96,8 +97,8 @@ class BitSpace:
         if unknown:
             layer = int(np.argwhere(~np.isin(policy, self.choices))[0][-1])
             raise UserError(
-                f"policy: width {unknown[0]} (layer {layer}) is not one that this network was built "
-                f"for; choose from {self.choices}"
+                f"policy: width {unknown[0]} (layer {layer}) is not one of this network; "
+                f"choose from {self.choices}"
             )
         return policy.astype(np.int32)
 
@@ -271,11 +272,13 @@ def load_policy(path: str | pathlib.Path, names: Sequence[str], space: BitSpace)
         raise UserError(f'{path}: not a policy file ("format" must be "{POLICY_FORMAT}")')
     if content.get("version") != POLICY_VERSION:
         raise UserError(
-            f"{path}: policy version {content.get('version')!r}; this library reads {POLICY_VERSION}"
+            f"{path}: policy version {content.get('version')!r}; "
+            f"this library reads {POLICY_VERSION}"
         )
     if content.get("choices") != list(space.choices):
         raise UserError(
-            f"{path}: made for widths {content.get('choices')}; this network has {list(space.choices)}"
+            f"{path}: made for widths {content.get('choices')}; "
+            f"this network has {list(space.choices)}"
         )
     layers = content.get("layers")
     if not isinstance(layers, Mapping):

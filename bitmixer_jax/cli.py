@@ -12,14 +12,21 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="bitmixer",
         description="Networks whose layers change bit-width at runtime (Bit-Mixer).",
-        epilog="example: bitmixer train --config experiments/configs/digits.py --workdir runs/digits",
+        epilog="example: bitmixer train --config experiments/configs/digits.py --workdir runs/d",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -121,10 +128,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: give 0 or more")
-    return value
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 0 or more")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,13 +227,22 @@ def _check_output(path: pathlib.Path | None) -> None:
     """Says before the work, not after it, that the result could not be written."""
     from bitmixer_jax.errors import UserError
 
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+    if path is None:
+        return
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise UserError(f"--json {path}: cannot write in {path.parent}")
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError(f"--json {path}: cannot write to it; name a file")
 
 
 def _write_json(path: pathlib.Path | None, result: Any) -> None:
+    from bitmixer_jax.errors import UserError
+
     if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        try:
+            path.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {path}: cannot write it ({error.strerror})") from None
 
 
 if __name__ == "__main__":

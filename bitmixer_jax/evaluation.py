@@ -146,7 +146,8 @@ def evaluate(
 
     Returns:
       ``{"examples": int, "uniform": {width: top1}, "random": {"policies", "mean", "std", "worst",
-      "average_bits"}, "policy": {"widths", "top1"}}``, without what was not asked for; top1 in 0..1.
+      "average_bits", "scores"}, "policy": {"widths", "top1"}}``, without what was not asked for;
+      top1 in 0..1, "scores" those of each random policy.
       A float twin has the key "float" alone.
     """
     model = evaluator.model

@@ -343,9 +343,10 @@ class QuantLayer(nn.Module):
     def __call__(
         self, x: jax.Array, previous: Any, index: Any, train: bool
     ) -> tuple[jax.Array, ...]:
-        """Returns the normalised output ``[N, H', W', C_out]`` of each kernel, for x ``[N, H, W, C]``.
+        """Returns the normalised output ``[N, H', W', C_out]`` of each kernel.
 
         Args:
+          x: ``[N, H, W, C]`` float32.
           previous, index: of the widths of the layer before and of this one.
           train: see TransitionalBatchNorm.
         """

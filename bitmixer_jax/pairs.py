@@ -41,7 +41,7 @@ def pairs_used(model: Network, policies: jax.Array) -> dict[str, jax.Array]:
 def never_visited(
     model: Network, batch_stats: Variables, policies: Any
 ) -> list[tuple[str, int, int]]:
-    """Pairs that the policies use and that no training step visited: their statistics are not known.
+    """Pairs that the policies use and no training step visited: their statistics are unknown.
 
     Args:
       policies: int32 ``[M, L]``.

@@ -2,8 +2,8 @@
 
 Every quantiser returns ``(codes, step)`` with ``v_hat = codes * step``. Codes are whole numbers
 (halves for the floor-nested kind) held in floating point, so a convolution of codes is exact and
-the steps multiply its result afterwards. With ``u = v / step_b`` and step ``step_b`` at width b, the gradients
-are those of LSQ (Esser et al., ICLR 2020, eq. 3 and 5):
+the steps multiply its result afterwards. With ``u = v / step_b`` at width b, the gradients are
+those of LSQ (Esser et al., ICLR 2020, eq. 3 and 5):
 
     d v_hat / d v      = 1 strictly inside the clip, else 0
     d v_hat / d step_b = code - u strictly inside the clip, else the code at the clip
@@ -13,7 +13,8 @@ Weight quantisers ``KINDS`` (w: weight, s: step size, h: widest width, d = h - b
     floor        code = clip(floor(w / (s 2^d)), Qn, Qp) + 1/2,              step_b = s 2^d
                  nested: the integer part at b bits is the one at h bits, shifted right by d
                  (AdaBits; reported for Bit-Mixer)
-    double       code = clip((clip(round(w / s), Qn_h, Qp_h) + 2^(d-1)) >> d, Qn, Qp), step_b = s 2^d
+    double       code = clip((q_h + 2^(d-1)) >> d, Qn, Qp),                  step_b = s 2^d
+                 where q_h = clip(round(w / s), Qn_h, Qp_h)
                  nested, rounded twice (Double Rounding, arXiv 2502.01199)
     independent  code = clip(round(w / s_b), Qn, Qp),                        step_b = s_b
                  one step size per width (plain LSQ); not nested
@@ -81,9 +82,9 @@ def weight_codes(
         [(*bounds(b, True), 2.0 ** (space.widest - b)) for b in space.choices], index
     )
     scale = _lookup([(gradient_scale(w.size, b, True),) for b in space.choices], index)[0]
-    # A shared step s moves in proportion as the step in use, s_b = s shift, would on its own: hence
-    # d s_b / d s = 1 / shift. The chain rule's shift is 4^d times that: at two bits of {2, 3, 4} the
-    # step then moves 16 times faster than LSQ's balance with the weights, and diverges.
+    # A shared step s moves in proportion as the step in use, s_b = s shift, would on its own:
+    # hence d s_b / d s = 1 / shift. The chain rule's shift is 4^d times that: at two bits of
+    # {2, 3, 4} the step moves 16 times faster than LSQ's balance with the weights, and diverges.
     if kind == "independent":
         step = _scaled_step(steps[index], scale)
         return _codes("round", w, step, jnp.float32(1), qn, qp), step
@@ -146,7 +147,7 @@ def _to_codes(kind: str, v: jax.Array, step: Any, shift: Any, qn: Any, qp: Any) 
 def _codes(
     kind: str, v: jax.Array, step: jax.Array, shift: jax.Array, qn: jax.Array, qp: jax.Array
 ) -> jax.Array:
-    """Codes of ``v`` on the grid of pitch ``step * shift``; the backward pass is straight-through."""
+    """Codes of ``v`` on the grid of pitch ``step * shift``; the gradient is straight-through."""
     return _to_codes(kind, v, step, shift, qn, qp)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
 from bitmixer_jax.training.metrics import read_metrics
 
@@ -34,8 +35,26 @@ def write_report(
 
     Returns:
       the folder.
+
+    Raises:
+      UserError: the folder cannot be written.
     """
     folder = workdir / "report"
+    try:
+        return _write(folder, workdir, model, batch_stats, result, config, float_top1)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
+
+
+def _write(
+    folder: pathlib.Path,
+    workdir: pathlib.Path,
+    model: Network,
+    batch_stats: Mapping[str, Any],
+    result: Mapping[str, Any],
+    config: Mapping[str, Any],
+    float_top1: float | None,
+) -> pathlib.Path:
     folder.mkdir(exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     plots = ["curves.png"]
@@ -87,7 +106,7 @@ def table(result: Mapping[str, Any], float_top1: float | None = None) -> list[st
 
 
 def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
-    """A figure that needs no screen (the object interface keeps pyplot's state out of libraries)."""
+    """A figure that needs no screen and leaves pyplot's state alone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
+import hashlib
 import json
 import logging
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from flax import traverse_util
 
 from bitmixer_jax.errors import UserError
 
@@ -116,8 +121,9 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-        # It warns of every restored leaf that has no sharding; the loop places states itself.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # It warns of every restored leaf that has no sharding (the loop places states itself), and
+        # logs errors that it raises as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._ocp = ocp
         self.folder = (pathlib.Path(workdir) / "checkpoints").absolute()
         try:
@@ -145,7 +151,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: Any, notes: Mapping[str, Any]) -> None:
-        """Saves ``state`` (a pytree with ``step``) with JSON ``notes``; does nothing if it is there.
+        """Saves ``state`` (a pytree with ``step``) with JSON ``notes``, unless it is there.
 
         Raises:
           UserError: the disk is full or cannot be written; what was saved before stays.
@@ -154,12 +160,13 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         args = self._ocp.args
+        nested = _nested(state)
+        own = {"format": FORMAT, "step": step, "sha256": _digest(nested)}
         with self._disk_errors():
             self._manager.save(
                 step,
                 args=args.Composite(
-                    state=args.StandardSave(state),
-                    notes=args.JsonSave({"format": FORMAT, "step": step, **notes}),
+                    state=args.StandardSave(nested), notes=args.JsonSave({**notes, **own})
                 ),
             )
 
@@ -210,17 +217,20 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
         advice = f"Remove {path} to go back to the checkpoint before it"
         try:
-            notes = self._manager.restore(step, args=args.Composite(notes=args.JsonRestore()))
-            if notes["notes"].get("format") != FORMAT or notes["notes"].get("step") != step:
+            with _quiet_reads():
+                item = self._manager.restore(step, args=args.Composite(notes=args.JsonRestore()))
+                found = self._shapes(step)
+            notes = item["notes"]
+            if notes.get("format") != FORMAT or notes.get("step") != step:
                 raise UserError(f"{path}: not a checkpoint of this library ({FORMAT})")
-            found = self._shapes(step)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
-        wanted = _flat(abstract)
+        wanted = _shapes_by_name(abstract)
         wrong = [
-            f"{name}: {found.get(name, 'absent')} in the file, {wanted.get(name, 'absent')} expected"
+            f"{name}: {found.get(name, 'absent')} in the file, "
+            f"{wanted.get(name, 'absent')} expected"
             for name in sorted({*found, *wanted})
             if found.get(name) != wanted.get(name)
         ]
@@ -230,17 +240,25 @@ class Checkpoints:
                 f"({len(wrong)} differences)"
             )
         try:
-            return self._manager.restore(
-                step, args=args.Composite(state=args.StandardRestore(abstract))
-            )["state"]
+            with _quiet_reads():
+                restored = self._manager.restore(
+                    step, args=args.Composite(state=args.StandardRestore(_nested(abstract)))
+                )["state"]
         except Exception as error:
             raise UserError(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
+        # Array files carry no checksum of their own. Runs of early versions have no digest.
+        if "sha256" in notes and notes["sha256"] != _digest(restored):
+            raise UserError(
+                f"{path}: damaged checkpoint (the values are not those that were saved). {advice}"
+            )
+        leaves = traverse_util.flatten_dict(restored)
+        return jax.tree_util.tree_map_with_path(lambda keys, _: leaves[_names(keys)], like)
 
     def _shapes(self, step: int) -> dict[str, str]:
         metadata = self._manager.item_metadata(step)["state"]
         if metadata is None:
             raise ValueError("no metadata of the state")
-        return _flat(getattr(metadata, "tree", metadata))
+        return _shapes_by_name(getattr(metadata, "tree", metadata))
 
     def close(self) -> None:
         """Waits for what is being saved, and lets go of the folder."""
@@ -248,15 +266,59 @@ class Checkpoints:
         self._manager.close()
 
 
-def _flat(tree: Any) -> dict[str, str]:
-    """``{path: "dtype[shape]"}`` of a tree of arrays, however its nodes are kept."""
+def _names(path: Any) -> tuple[str, ...]:
+    """The names along a path in a pytree, whatever its nodes are: a key, a field or a position."""
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None)))) for k in path)
+
+
+def _nested(tree: Any) -> Any:
+    """A pytree as nested dicts, so that the file does not depend on optax's containers."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): (
-            f"{leaf.dtype}{list(leaf.shape)}"
-        )
-        for path, leaf in leaves
-    }
+    return traverse_util.unflatten_dict({_names(path): leaf for path, leaf in leaves})
+
+
+def _digest(tree: Any) -> str:
+    """SHA-256 of the names, dtypes, shapes and values of a tree of arrays."""
+    found = hashlib.sha256()
+    for name, leaf in sorted(
+        ("/".join(_names(path)), np.asarray(leaf))
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ):
+        found.update(f"{name} {leaf.dtype}{list(leaf.shape)}\n".encode())
+        found.update(leaf.tobytes())
+    return found.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet_reads() -> Iterator[None]:
+    """Keeps orbax's reading quiet on standard error where it fails: its error is raised anyway.
+
+    Reads that were under way when one failed end later, on other threads, each with a traceback
+    about a closed event loop. So after a failure the filter stays.
+    """
+    logger, before = logging.getLogger("asyncio"), sys.unraisablehook
+    level = logger.level
+
+    def filtered(unraisable: Any) -> None:
+        about = f"{unraisable.exc_value} {unraisable.object!r}"
+        if "Event loop is closed" not in about and "_read_" not in about:
+            before(unraisable)
+
+    sys.unraisablehook = filtered
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except BaseException:
+        gc.collect()
+        raise
+    sys.unraisablehook = before
+    logger.setLevel(level)
+
+
+def _shapes_by_name(tree: Any) -> dict[str, str]:
+    """``{path: "dtype[shape]"}`` of a tree of arrays."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(_names(path)): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _brief(error: BaseException) -> str:

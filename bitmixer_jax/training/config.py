@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,8 @@ from ml_collections import ConfigDict
 from bitmixer_jax.bits import BitSpace, closest
 from bitmixer_jax.data import Dataset
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.models import Network, create_model
+from bitmixer_jax.layers import Quantization
+from bitmixer_jax.models import MODELS, Network, create_model
 from bitmixer_jax.training.optimizer import OptimizerSettings
 from bitmixer_jax.training.stages import Stage
 
@@ -180,25 +182,34 @@ def read(config: ConfigDict | Mapping[str, Any]) -> Run:
     defaults = to_json(default_config())
     _check_names(values, defaults, "config", skip=("stages", "model"))
     values = {**defaults, **values}
-    for name, default in defaults.items():
-        _check_type(f"config.{name}", values[name], default)
+    _check_types("config", values, defaults)
+    _check_types("config.optimizer", values["optimizer"], defaults["optimizer"])
+    _check_model(values["model"])
     order = values.pop("order")
     if not order:
         raise UserError("config.order: no stages; name at least one of config.stages")
     stages = []
-    fields = {f.name for f in dataclasses.fields(Stage)}
+    fields = {f.name: f.default for f in dataclasses.fields(Stage)} | {"epochs": 1.0}
+    del fields["name"]
     for name in order:
+        _check_type("config.order: a stage", name, "mixed")
+        where = f"config.stages.{name}"
         if name not in values["stages"]:
             raise UserError(
                 f"config.order: no stage {name!r} in config.stages"
                 f"{closest(name, list(values['stages']))}"
             )
         stage = values["stages"][name]
+        if not isinstance(stage, Mapping):
+            raise UserError(f"{where} = {stage!r}; give the settings of a stage")
         for field in stage:
             if field not in fields:
                 raise UserError(
-                    f"config.stages.{name}: unknown setting {field!r}{closest(field, sorted(fields))}"
+                    f"{where}: unknown setting {field!r}{closest(field, sorted(fields))}"
                 )
+        if "epochs" not in stage:
+            raise UserError(f"{where}: epochs is missing; say how long the stage is")
+        _check_types(where, stage, fields)
         stages.append(Stage(name=name, **stage))
     if len(set(order)) != len(order):
         raise UserError(f"config.order: {tuple(order)}; give each stage once")
@@ -241,6 +252,8 @@ def _check_run(run: Run) -> None:
     ):
         if getattr(run, name) < least:
             raise UserError(f"config.{name} = {getattr(run, name)}; give {least} or more")
+    if run.seed >= 2**32:
+        raise UserError(f"config.seed = {run.seed}; give less than 2^32")
     if run.label_smoothing >= 1:
         raise UserError(f"config.label_smoothing = {run.label_smoothing}; give 0 <= s < 1")
     # Unknown models and settings should not wait for the data.
@@ -273,8 +286,46 @@ def _check_names(
             _check_names(value, known[name], f"{where}.{name}")
 
 
+def _check_types(where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if name in defaults:
+            _check_type(f"{where}.{name}", value, defaults[name])
+
+
+def _check_model(settings: Mapping[str, Any]) -> None:
+    """Types of the network's settings; `create_model` checks their names."""
+    name = settings.get("name")
+    if not isinstance(name, str):
+        raise UserError(f"config.model.name = {name!r}; choose from {', '.join(MODELS)}")
+    for of_data in ("num_classes", "image_shape", "space"):
+        if of_data in settings:
+            raise UserError(f"config.model: unknown setting {of_data!r}; the data and choices say")
+    family = MODELS[name][0] if name in MODELS else Network
+    known = {f.name: f.default for f in (*dataclasses.fields(Quantization), *_fields(family))}
+    plain = {k: v for k, v in known.items() if isinstance(v, bool | int | float | str)}
+    _check_types("config.model", settings, plain)
+    for setting, default in plain.items():
+        value = settings.get(setting, default)
+        if type(default) is int and value < 1:
+            raise UserError(f"config.model.{setting} = {value}; give 1 or more")
+    if not 0 <= settings.get("momentum", 0) < 1:
+        raise UserError(f"config.model.momentum = {settings['momentum']}; give 0 <= momentum < 1")
+    if settings.get("ends", "float") not in ("float", "int8"):
+        raise UserError(f"config.model.ends = {settings['ends']!r}; choose from float, int8")
+
+
+def _fields(family: Any) -> tuple[Any, ...]:
+    return tuple(f for f in dataclasses.fields(family) if f.name not in ("parent", "name"))
+
+
 def _check_type(where: str, value: Any, default: Any) -> None:
-    number = isinstance(default, float) and isinstance(value, int | float)
+    number = (
+        isinstance(default, float)
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} = {value}; give a finite number")
     if not number and type(value) is not type(default):
         raise UserError(
             f"{where} = {value!r}; give a {type(default).__name__}, such as {default!r}"
@@ -301,9 +352,16 @@ def load_config(path: str | pathlib.Path, overrides: list[str]) -> ConfigDict:
     try:
         values(["bitmixer", f"--config={path}", *overrides])
         config = holder.value
-    except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
-        text = str(error).strip('"').splitlines()
-        raise UserError(f"--config {path}: {text[0] if text else type(error).__name__}") from None
+    except flags.Error as error:
+        raise UserError(f"--config {path}: {_first_line(error)}") from None
+    except Exception as error:  # whatever the file does when it runs
+        kind = type(error).__name__
+        raise UserError(f"--config {path}: {kind}: {_first_line(error)}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config {path}: get_config() must return an ml_collections ConfigDict")
     return config
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip("\"'").splitlines()
+    return lines[0] if lines else "no details"

@@ -217,8 +217,8 @@ class _Trainer:
         self.log(pending, step, number, clock)
         if step_function.traces > 1:
             self.bar.say(
-                f"warning: the step of stage {stage.name} was compiled {step_function.traces} times; "
-                "once is enough, so something in its arguments changes shape or type"
+                f"warning: the step of stage {stage.name} was compiled {step_function.traces} "
+                "times; once is enough, so something in its arguments changes shape or type"
             )
         self.save(state, number)
         if number < len(run.stages) - 1:
@@ -247,8 +247,8 @@ class _Trainer:
             kept = f"the checkpoint of step {steps[-1]} is good" if steps else "none was saved yet"
             raise UserError(
                 f"stage {name}, step {at}: the loss is not finite (loss {values['loss'][bad][0]}, "
-                f"gradient norm {values['grad_norm'][bad][0]}); {kept}. Lower the learning rate, or "
-                "set config.optimizer.clip_norm, in another --workdir"
+                f"gradient norm {values['grad_norm'][bad][0]}); {kept}. Lower the learning rate "
+                "or set config.optimizer.clip_norm, in another --workdir"
             )
         record = {key: float(v.mean()) for key, v in values.items()}
         record["epoch"] = step / self.plan.steps_per_epoch
@@ -263,7 +263,7 @@ class _Trainer:
         return []
 
     def evaluate(self, state: TrainState, stage: int) -> None:
-        """Test accuracy of the uniform widths and, in a layer-wise stage, of some random policies."""
+        """Test accuracy of the uniform widths and, if layer-wise, of some random policies."""
         run, layout = self.plan.run, self.plan.run.stages[stage]
         if stage not in self.evaluators:
             self.evaluators = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from bitmixer_jax.errors import UserError
 
@@ -23,7 +24,8 @@ class Metrics:
 
         self._path = workdir / METRICS_FILE
         try:
-            self._file = self._path.open("a")
+            self._file = self._path.open("a+", errors="replace")
+            _end_cut_line(self._file)
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
         except OSError as error:
             raise UserError(f"{self._path}: cannot write there ({error.strerror})") from None
@@ -44,6 +46,15 @@ class Metrics:
         self._board.close()
 
 
+def _end_cut_line(file: TextIO) -> None:
+    """Keeps the first new record off a line that a kill or a full disk cut short."""
+    end = file.seek(0, os.SEEK_END)
+    if end:
+        file.seek(end - 1)
+        if file.read() != "\n":
+            file.write("\n")
+
+
 def _numbers(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for name, value in values.items():
@@ -62,12 +73,12 @@ def read_metrics(workdir: pathlib.Path, kind: str) -> list[dict[str, Any]]:
     """
     path = pathlib.Path(workdir) / METRICS_FILE
     records: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and record.get("kind") == kind:
+        if isinstance(record, dict) and record.get("kind") == kind and "step" in record:
             records[record["step"]] = record
     return [records[step] for step in sorted(records)]
 

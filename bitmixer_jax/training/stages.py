@@ -1,4 +1,4 @@
-"""Stages of training: what is quantised, how policies are drawn, and the hand-over between stages."""
+"""Stages of training: what is quantised, how policies are drawn, what a run starts from."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class Stage:
         probability rho.
       rho_start, rho_end, ramp: rho goes linearly from start to end over the first ``ramp``
         (fraction) of the stage, then stays. Only for widths = "layer".
-      policies: per step, "draw": ``draws`` policies; "sum": one from each uniform width; "sandwich":
-        widest, ``draws`` drawn ones, narrowest. In the last two the first is the uniform widest.
+      policies: per step, "draw": ``draws`` policies; "sum": one from each uniform width;
+        "sandwich": widest, ``draws`` drawn ones, narrowest. In the last two the first policy is
+        the uniform widest.
       draws: number of drawn policies.
       distill: "none"; "teacher": a float network from another workdir; "widest": the widest policy
         of the same step (needs "sum" or "sandwich").

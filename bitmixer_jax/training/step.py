@@ -125,7 +125,7 @@ def make_train_step(
                 goal = logits
             losses.append(loss)
             hits.append(jnp.mean(jnp.argmax(logits, -1) == labels))
-        # The mean, not the sum, so that the learning rate means the same for any number of policies.
+        # The mean, not the sum: the learning rate means the same for any number of policies.
         return jnp.mean(jnp.stack(losses)), (stats, jnp.mean(jnp.stack(hits)))
 
     def step(
