@@ -21,7 +21,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/bitmixer train --config experiments/configs/digits.py:float --workdir runs/digits-float
-	$(BIN)/bitmixer train --config experiments/configs/digits.py --workdir runs/digits
+	$(BIN)/bitmixer train --config experiments/configs/digits.py --workdir runs/digits \
+		--config.init_from=runs/digits-float
 	$(BIN)/bitmixer evaluate --workdir runs/digits-float
 	$(BIN)/bitmixer evaluate --workdir runs/digits --random 100 --policy 4,3,2,2,3,4
 	@echo "plots and summary: runs/digits/report/"

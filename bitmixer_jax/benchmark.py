@@ -21,9 +21,10 @@ from bitmixer_jax.training.step import Spread, StepSettings, TrainState, make_tr
 def benchmark(
     name: str, *, batch_size: int = 128, steps: int = 20, compute_dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Times a training step of the float twin, with network-wide and with layer-wise widths.
+    """Times a training step of the float twin and of each stage.
 
-    The three take turns, one step each, so that a busy machine slows all of them alike; each
+    "activations" has real-valued weights, "network-wide" and "layer-wise" quantise both. They take
+    turns, one step each, so that a busy machine slows all of them alike; each
     figure is the median.
 
     Args:
@@ -47,6 +48,7 @@ def benchmark(
     model = create_model(name, num_classes=10, compute_dtype=compute_dtype)
     kinds = {
         "float": (model.float_twin(), Stage(name="float", epochs=1, quantize="nothing")),
+        "activations": (model, Stage(name="activations", epochs=1, quantize="activations")),
         "network-wide": (model, Stage(name="network", epochs=1)),
         "layer-wise": (model, Stage(name="layer", epochs=1, widths="layer", rho_start=1.0)),
     }

@@ -127,6 +127,8 @@ class Checkpoints:
         self._ocp = ocp
         self.folder = (pathlib.Path(workdir) / "checkpoints").absolute()
         try:
+            if not read_only:
+                self.folder.mkdir(parents=True, exist_ok=True)  # orbax accepts a file in its place
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_handlers={

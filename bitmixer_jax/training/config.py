@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -349,19 +350,23 @@ def load_config(path: str | pathlib.Path, overrides: list[str]) -> ConfigDict:
         raise UserError(f"--config {path}: no such file")
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    words = ["bitmixer", f"--config={path}", *overrides]
+    given, sys.argv = sys.argv, words  # config_flags looks for the overrides there, and only there
     try:
-        values(["bitmixer", f"--config={path}", *overrides])
+        values(words)
         config = holder.value
     except flags.Error as error:
         raise UserError(f"--config {path}: {_first_line(error)}") from None
     except Exception as error:  # whatever the file does when it runs
         kind = type(error).__name__
         raise UserError(f"--config {path}: {kind}: {_first_line(error)}") from None
+    finally:
+        sys.argv = given
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config {path}: get_config() must return an ml_collections ConfigDict")
     return config
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip("\"'").splitlines()
+    lines = str(error).strip('"').splitlines()
     return lines[0] if lines else "no details"

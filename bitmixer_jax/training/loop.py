@@ -83,6 +83,11 @@ def train(
         state = initial_state(plan, train_data)
     done = int(state.step)
     metrics, bar = Metrics(workdir, done), Bar(plan.ends[-1], done)
+    if run.steps_per_dispatch > 1 and devices[0].platform == "cpu":
+        bar.say(
+            f"warning: config.steps_per_dispatch = {run.steps_per_dispatch} is slow on CPU, where "
+            "XLA runs the body of a loop without its fast convolutions; set it to 1"
+        )
     if resumed:
         bar.say(f"going on from step {done} of {plan.ends[-1]}")
     trainer = _Trainer(plan, workdir, train_data, test_data, devices, checkpoints, metrics, bar)

@@ -8,7 +8,6 @@ def get_config(variant=""):
     config.dataset = "digits"
     config.batch_size = 64
     config.model.width = 16
-    config.init_from = "runs/digits-float"
     config.pad = 1
     config.stages.activations.epochs = 8.0
     config.stages.weights.epochs = 15.0
