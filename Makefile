@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo   train, evaluate and plot on the bundled digits (a few minutes on 2 cores)"
+	@echo "make demo   train, evaluate and plot on the bundled digits"
 	@echo "make test   run all tests"
 	@echo "make lint   style and types"
 	@echo "make clean  remove the environment (runs/ stays)"
@@ -23,9 +23,7 @@ demo: $(READY)
 	$(BIN)/bitmixer train --config experiments/configs/digits.py:float --workdir runs/digits-float
 	$(BIN)/bitmixer train --config experiments/configs/digits.py --workdir runs/digits \
 		--config.init_from=runs/digits-float
-	$(BIN)/bitmixer evaluate --workdir runs/digits-float
 	$(BIN)/bitmixer evaluate --workdir runs/digits --random 100 --policy 4,3,2,2,3,4
-	@echo "plots and summary: runs/digits/report/"
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -163,17 +163,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     try:
-        folder = train_and_report(config, arguments.workdir)
+        folder, summary = train_and_report(config, arguments.workdir)
     except Interrupted as signal:
         return 128 + int(signal.args[0])
-    print(f"report: {folder / 'README.md'}")
+    _print_markdown(summary)
+    print(f"plots and summary: {folder}")
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from bitmixer_jax.report import table
     from bitmixer_jax.runs import evaluate_workdir
 
@@ -189,7 +187,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         count_levels=arguments.levels,
     )
     levels = result.pop("levels", None)
-    Console().print(Markdown("\n".join(table(result))))
+    _print_markdown(table(result))
     if levels:
         print("layer, bits: levels used by weights, by activations (share at the top level)")
         for row in levels:
@@ -221,6 +219,13 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     print(describe(result))
     _write_json(arguments.json, result)
     return 0
+
+
+def _print_markdown(lines: list[str]) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown("\n".join(lines)))
 
 
 def _check_output(path: pathlib.Path | None) -> None:

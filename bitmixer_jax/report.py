@@ -171,11 +171,11 @@ def plot_accuracy(
             axis.plot([spot - 0.2, spot + 0.2], [scores.mean()] * 2, color="black", lw=1.5)
     if float_top1 is not None:
         axis.axhline(100 * float_top1, color="0.3", ls="--", lw=1, label="float twin")
-    number = max((r["random"]["policies"] for r in results.values() if "random" in r), default=0)
-    axis.set_xticks(
-        range(len(widths) + 1),
-        [f"all layers\n{w} bits" for w in widths] + [f"{number} random\npolicies (bar: mean)"],
-    )
+    ticks = [f"all layers\n{w} bits" for w in widths]
+    numbers = [r["random"]["policies"] for r in results.values() if "random" in r]
+    if numbers:
+        ticks.append(f"{max(numbers)} random\npolicies (bar: mean)")
+    axis.set_xticks(range(len(ticks)), ticks)
     lows = [v for r in results.values() for v in r["uniform"].values()]
     lows += [r["random"]["worst"] for r in results.values() if "random" in r]
     axis.set_ylim(100 * min(lows) - 2, min(100, 100 * max([*lows, float_top1 or 0]) + 2))

@@ -16,19 +16,19 @@ from bitmixer_jax.evaluation import Evaluator, evaluate
 from bitmixer_jax.levels import levels_used
 from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import never_visited, recalibrate
-from bitmixer_jax.report import write_report
+from bitmixer_jax.report import table, write_report
 from bitmixer_jax.training import Run, load_trained, train
 from bitmixer_jax.training.checkpoints import read_config
 
 
-def train_and_report(config: Any, workdir: pathlib.Path) -> pathlib.Path:
+def train_and_report(config: Any, workdir: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
     """Trains (or goes on), evaluates by the three protocols, and writes ``workdir/report``.
 
     Args:
       config: see `training.default_config`.
 
     Returns:
-      the folder of the report.
+      the folder of the report, and its table of accuracies (Markdown lines).
 
     Raises:
       as `training.train`.
@@ -42,9 +42,9 @@ def train_and_report(config: Any, workdir: pathlib.Path) -> pathlib.Path:
         print(f"report without accuracies: {error}")
         result = _evaluate(run, model, variables, uniform=False)
     saved = read_config(workdir)
-    return write_report(
-        workdir, model, variables["batch_stats"], result, saved, _float_reference(run)
-    )
+    reference = _float_reference(run)
+    folder = write_report(workdir, model, variables["batch_stats"], result, saved, reference)
+    return folder, table(result, reference)
 
 
 def evaluate_workdir(
@@ -103,13 +103,15 @@ def evaluate_workdir(
 def _evaluate(
     run: Run, model: Network, variables: Any, *, data_dir: str | None = None, **protocols: Any
 ) -> dict[str, Any]:
+    from rich.console import Console
     from rich.progress import track
 
     test = datasets.load(run.dataset, run.test_split, data_dir or run.data_dir or None)
     evaluator = Evaluator(model, test, test.mean, test.std, batch_size=run.evaluate_batch)
 
     def progress(policies: Iterable[Any]) -> Iterable[Any]:
-        return track(list(policies), description="evaluating", transient=True)
+        shown = Console().is_terminal
+        return track(list(policies), description="evaluating", transient=True, disable=not shown)
 
     return evaluate(
         evaluator,

@@ -67,5 +67,7 @@ def create_model(
                 f" (one of {', '.join(known)})"
             )
     quant = Quantization(space=space, **{k: v for k, v in settings.items() if k in of_quant})
+    if settings.get("ends", "float") not in ("float", "int8"):
+        raise UserError(f'model {name!r}: ends = {settings["ends"]!r}; choose "float" or "int8"')
     own = {k: v for k, v in settings.items() if k in of_family}
     return family(**{**defaults, "num_classes": num_classes, "quant": quant, **own})

@@ -83,8 +83,6 @@ class Network(nn.Module):
         """Quantization of stem and head: off, or one fixed width of 8 bits."""
         if self.ends == "float" or self.quant.space is None:
             return self.quant.float_twin()
-        if self.ends != "int8":
-            raise UserError(f'ends: got {self.ends!r}; choose "float" or "int8"')
         return Quantization(
             space=BitSpace((8,)),
             activations=self.quant.activations,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import hashlib
 import json
 import logging
@@ -308,11 +307,7 @@ def _quiet_reads() -> Iterator[None]:
 
     sys.unraisablehook = filtered
     logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except BaseException:
-        gc.collect()
-        raise
+    yield
     sys.unraisablehook = before
     logger.setLevel(level)
 

@@ -197,9 +197,11 @@ class _Trainer:
         step, clock = int(state.step), _Clock(run.batch_size)
         pending: list[Any] = []
         every = max(1, round(run.evaluate_every * plan.steps_per_epoch))
+        evaluated = step // every
         self.bar.say(f"stage {stage.name}: steps {step} to {plan.ends[number]}")
         while step < plan.ends[number]:
-            if run.evaluate_every and step % every == 0 and step > plan.start(number):
+            if run.evaluate_every and step // every > evaluated:
+                evaluated = step // every
                 self.evaluate(state, number)
                 clock.restart()
             if time.monotonic() - self.saved_at > run.checkpoint_seconds or signals.received:

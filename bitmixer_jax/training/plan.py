@@ -154,7 +154,9 @@ def load_trained(source: str | pathlib.Path) -> tuple[Run, Network, dict[str, An
     Raises:
       UserError: no run there, no checkpoint yet, no such stage, or a damaged checkpoint.
     """
-    folder, _, name = str(source).partition("@")
+    folder, _, name = str(source).rpartition("@")
+    if not folder or pathlib.Path(source).exists():  # a path may hold an @ of its own
+        folder, name = str(source), ""
     saved = read_config(pathlib.Path(folder))
     about = saved.pop("made_for", None)
     if not about:

@@ -164,7 +164,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "rho": stage.rho(progress),
         }
         return TrainState(state.step + 1, params, stats, opt_state, ema), metrics

@@ -1,11 +1,16 @@
 """Augmentation and normalisation: against numpy, and independent of how the batch is shared."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bitmixer_jax.data import augment, normalize
+
+# Compiled whole: one by one, its operations take seconds to compile.
+_augment = jax.jit(augment, static_argnames=("pad", "flip", "total"))
 
 
 def _images(count: int = 8, height: int = 6, width: int = 5, channels: int = 3) -> np.ndarray:
@@ -42,8 +47,7 @@ def test_normalize_matches_numpy() -> None:
 
 def test_every_result_is_a_padded_crop_and_all_outcomes_occur() -> None:
     images, pad = _images(400), 2
-    run = jax.jit(lambda key, images: augment(key, images, pad=pad, flip=True))
-    results = np.asarray(run(jax.random.key(0), images))
+    results = np.asarray(_augment(jax.random.key(0), images, pad=pad, flip=True))
     assert results.dtype == np.uint8
     assert results.shape == images.shape
     seen = []
@@ -59,26 +63,24 @@ def test_every_result_is_a_padded_crop_and_all_outcomes_occur() -> None:
 
 def test_crop_and_mirror_do_not_disturb_each_other() -> None:
     images, key = _images(64), jax.random.key(3)
-    flips = np.asarray(augment(key, images, pad=0, flip=True))
+    flips = np.asarray(_augment(key, images, pad=0, flip=True))
     mirrored = np.array([not np.array_equal(a, b) for a, b in zip(flips, images, strict=True)])
     np.testing.assert_array_equal(flips[mirrored], images[mirrored][:, :, ::-1])
-    both = augment(key, images, pad=1, flip=True)
-    np.testing.assert_array_equal(both, augment(key, flips, pad=1, flip=False))
+    both = _augment(key, images, pad=1, flip=True)
+    np.testing.assert_array_equal(both, _augment(key, flips, pad=1, flip=False))
 
 
 @pytest.mark.parametrize(("pad", "flip"), [(2, True), (3, False), (0, True)])
 def test_the_same_whether_one_device_has_the_batch_or_four(pad: int, flip: bool) -> None:
     images, key = _images(16), jax.random.key(7)
-    whole = augment(key, images, pad=pad, flip=flip)
-
-    @jax.jit
-    def part(key: jax.Array, images: jax.Array, offset: jax.Array) -> jax.Array:
-        return augment(key, images, pad=pad, flip=flip, offset=offset, total=16)
-
-    parts = [part(key, images[i : i + 4], jnp.int32(i)) for i in range(0, 16, 4)]
+    whole = _augment(key, images, pad=pad, flip=flip)
+    parts = [
+        _augment(key, images[i : i + 4], pad=pad, flip=flip, offset=jnp.int32(i), total=16)
+        for i in range(0, 16, 4)
+    ]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
-    constant = augment(key, images[4:8], pad=pad, flip=flip, offset=4, total=16)
-    np.testing.assert_array_equal(constant, whole[4:8])
+    constant = jax.jit(functools.partial(augment, pad=pad, flip=flip, offset=4, total=16))
+    np.testing.assert_array_equal(constant(key, images[4:8]), whole[4:8])
 
 
 def test_offset_from_the_axis_index() -> None:
@@ -89,8 +91,9 @@ def test_offset_from_the_axis_index() -> None:
         offset = jax.lax.axis_index("batch") * 4
         return augment(key, images, pad=2, flip=True, offset=offset, total=16)
 
-    sharded = jax.vmap(device, axis_name="batch")(images.reshape(4, 4, *images.shape[1:]))
-    whole = augment(key, images, pad=2, flip=True)
+    run = jax.jit(jax.vmap(device, axis_name="batch"))
+    sharded = run(images.reshape(4, 4, *images.shape[1:]))
+    whole = _augment(key, images, pad=2, flip=True)
     np.testing.assert_array_equal(sharded.reshape(images.shape), whole)
 
 
@@ -104,7 +107,7 @@ def test_nothing_is_traced_when_off() -> None:
 def test_depends_on_the_key_alone() -> None:
     images = _images(32)
     one, same, other = (
-        np.asarray(augment(jax.random.key(seed), images, pad=2, flip=True)) for seed in (0, 0, 1)
+        np.asarray(_augment(jax.random.key(seed), images, pad=2, flip=True)) for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)

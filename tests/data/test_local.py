@@ -1,0 +1,150 @@
+"""Local copies that are there already, are damaged, or whose preparation was interrupted."""
+
+import os
+import pathlib
+import re
+import shutil
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from bitmixer_jax.data import _local, load, prepare
+from bitmixer_jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+Publish = Callable[..., pathlib.Path]
+Check = Callable[..., None]
+
+
+@pytest.fixture
+def prepared(mnist: Arrays, tmp_path: pathlib.Path, publish: Publish) -> pathlib.Path:
+    """A data folder with a good copy of the tiny MNIST."""
+    prepare("mnist", publish("idx", tmp_path / "source", mnist), tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_a_good_copy_is_verified_and_kept(
+    prepared: pathlib.Path, mnist: Arrays, check: Check
+) -> None:
+    before = {p.name: p.stat().st_mtime_ns for p in (prepared / "mnist").iterdir()}
+    assert prepare("mnist", "no/such/source", prepared) == prepared / "mnist"
+    assert before == {p.name: p.stat().st_mtime_ns for p in (prepared / "mnist").iterdir()}
+    assert [p.name for p in prepared.iterdir()] == ["mnist"]  # nothing left beside it
+    check("mnist", prepared, mnist)
+
+
+def test_a_flipped_bit_in_a_copy(prepared: pathlib.Path) -> None:
+    file = prepared / "mnist" / "train_images.npy"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"train_images\.npy is damaged: expected sha256 .* remove"):
+        prepare("mnist", "unused", prepared)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("train_images.npy", lambda data: data[:-1], "expected 368 bytes, found 367"),
+        ("train_images.npy", lambda data: b"x" * len(data), "not an .npy file"),
+        ("test_labels.npy", None, "the file is missing"),
+        (
+            "test_labels.npy",
+            lambda data: data[:-4] + b"\x00\x00\x00\x0b",
+            "labels in 0..9, found 11",
+        ),
+        ("info.json", lambda data: data[:50], "not the JSON it should be"),
+        ("info.json", lambda _: b"[]", "not the JSON it should be"),
+        ("info.json", lambda data: data.replace(b'"train": 12', b'"train": 13'), "expected .*12"),
+        ("info.json", lambda data: data.replace(b'"version": 1', b'"version": 2'), "found .*2"),
+        ("info.json", lambda data: re.sub(rb'("std": \[)[^]]*', rb"\g<1>0.0", data), "std > 0"),
+    ],
+)
+def test_load_refuses_damaged_copies(
+    prepared: pathlib.Path, file: str, damage: object, message: str
+) -> None:
+    path = prepared / "mnist" / file
+    if callable(damage):
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        path.unlink()
+    advice = r"remove the folder .*mnist and run `bitmixer prepare mnist --source PATH --data_dir "
+    with pytest.raises(UserError, match=rf"{file} is damaged: .*{message}.*{advice}"):
+        load("mnist", "test", prepared)
+    if not message.startswith("labels"):  # those would be found by the checksum first
+        with pytest.raises(UserError, match=rf"{file} is damaged: .*{message}"):
+            prepare("mnist", "unused", prepared)
+
+
+@pytest.mark.parametrize("when", ["writing", "renaming"])
+def test_an_interrupted_preparation_leaves_nothing(
+    mnist: Arrays,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+    publish: Publish,
+    check: Check,
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    source = publish("idx", tmp_path / "source", mnist)
+    with monkeypatch.context() as patch:
+        if when == "writing":
+            patch.setattr(_local, "channel_stats", interrupt)  # after the arrays, before info
+        else:
+            patch.setattr(pathlib.Path, "rename", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("mnist", source, tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+    with pytest.raises(UserError, match="not prepared"):
+        load("mnist", "train", tmp_path / "data")
+    prepare("mnist", source, tmp_path / "data")
+    check("mnist", tmp_path / "data", mnist)
+
+
+def test_leftovers_of_a_killed_preparation(
+    mnist: Arrays, tmp_path: pathlib.Path, publish: Publish, write_files: Publish
+) -> None:
+    old = write_files(tmp_path / "data" / ".mnist.partial-old", {"train_images.npy": b"half"})
+    recent = write_files(tmp_path / "data" / ".mnist.partial-new", {"train_images.npy": b"half"})
+    long_ago = time.time() - 7200
+    os.utime(old, (long_ago, long_ago))
+    with pytest.raises(UserError, match="not prepared"):
+        load("mnist", "train", tmp_path / "data")
+    prepare("mnist", publish("idx", tmp_path / "source", mnist), tmp_path / "data")
+    assert not old.exists()
+    assert recent.exists()  # may belong to a process at work
+
+
+def test_another_process_was_faster(
+    mnist: Arrays,
+    prepared: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    check: Check,
+) -> None:
+    rename = pathlib.Path.rename
+
+    def race(self: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        shutil.copytree(prepared / "mnist", target)
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", race)
+    prepare("mnist", tmp_path / "source", tmp_path / "shared")
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["mnist"]
+    check("mnist", tmp_path / "shared", mnist)
+
+
+def test_a_folder_in_the_way(
+    mnist: Arrays, tmp_path: pathlib.Path, publish: Publish, write_files: Publish
+) -> None:
+    write_files(tmp_path / "data" / "mnist", {"precious": b""})
+    source = publish("idx", tmp_path / "source", mnist)
+    with pytest.raises(UserError, match=r"mnist is there without info\.json"):
+        prepare("mnist", source, tmp_path / "data")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot write to the data folder .*file"):
+        prepare("mnist", source, tmp_path / "file")

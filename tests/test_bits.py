@@ -1,0 +1,356 @@
+"""Widths, policies, samplers and policy files."""
+
+import collections
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+import bitmixer_jax as bm
+from bitmixer_jax.bits import parse_policy
+
+SPACE = bm.BitSpace((2, 3, 4))
+NAMES = ("stage1.conv1", "stage1.conv2", "stage2.conv1")
+
+
+def draw(sampler, count, *args, seed=0, **settings):
+    """[count, L] policies, each from a key of its own."""
+    keys = jax.random.split(jax.random.key(seed), count)
+    return np.asarray(jax.jit(jax.vmap(lambda key: sampler(key, *args, **settings)))(keys))
+
+
+def looks_uniform(values, categories):
+    """Chi-squared test at one in ten thousand."""
+    counts = [np.sum(values == c) for c in categories]
+    assert sum(counts) == values.size
+    return scipy.stats.chisquare(counts).pvalue > 1e-4
+
+
+# --- BitSpace ---
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [(), (3, 2), (2, 2), (1, 2), (0,), (8, 9), (-2,), (2.0, 3), (True, 2), ("2",), "234", 3],
+)
+def test_bitspace_refuses_choices_that_are_not_ascending_whole_numbers_from_2_to_8(choices):
+    with pytest.raises(bm.UserError, match="bit-widths"):
+        bm.BitSpace(choices)
+
+
+def test_bitspace_names_what_is_missing_for_one_bit():
+    with pytest.raises(bm.UserError, match="sign quantiser"):
+        bm.BitSpace((1, 2))
+
+
+def test_bitspace_keeps_lists_and_numpy_integers_as_a_tuple_of_ints():
+    space = bm.BitSpace([np.int64(2), 4, 8])
+    assert space.choices == (2, 4, 8)
+    assert all(type(c) is int for c in space.choices)
+    assert (space.n, space.narrowest, space.widest) == (3, 2, 8)
+    assert hash(space) == hash(bm.BitSpace((2, 4, 8)))
+
+
+def test_uniform_gives_every_layer_the_width():
+    policy = SPACE.uniform(3, 5)
+    assert policy.dtype == np.int32
+    assert policy.tolist() == [3] * 5
+
+
+@pytest.mark.parametrize("width", [1, 5, 2.7, True])
+def test_uniform_refuses_a_width_that_is_not_a_choice(width):
+    with pytest.raises(bm.UserError):
+        SPACE.uniform(width, 5)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        [4, 3],
+        [4, 3, 2, 2],
+        [4, 3, 5],
+        [4, 3, 2.0],
+        [4, 3, None],
+        "432",
+        4,
+        [[[4, 3, 2]]],
+        [[4, 3, 2], [4, 3]],
+        [True, True, True],
+        [4, 3, 2**70],
+    ],
+)
+def test_check_refuses_what_is_not_one_width_per_layer(policy):
+    with pytest.raises(bm.UserError, match="policy"):
+        SPACE.check(policy, 3)
+
+
+def test_check_names_the_width_and_the_layer_at_fault():
+    with pytest.raises(bm.UserError, match=r"width 7 \(layer 1\).*\(2, 3, 4\)"):
+        SPACE.check([4, 7, 2], 3)
+
+
+def test_check_takes_one_policy_or_a_stack_of_them():
+    assert SPACE.check((4, 3, 2), 3).dtype == np.int32
+    assert SPACE.check(jnp.array([[4, 3, 2], [2, 2, 2]]), 3).tolist() == [[4, 3, 2], [2, 2, 2]]
+
+
+def test_index_is_the_place_among_the_choices_static_and_traced():
+    space = bm.BitSpace((2, 4, 8))
+    assert [space.index(w) for w in space.choices] == [0, 1, 2]
+    traced = jax.jit(space.index)(jnp.array([8, 2, 4], jnp.int32))
+    assert traced.dtype == jnp.int32
+    assert traced.tolist() == [2, 0, 1]
+
+
+def test_valid_tells_a_traced_unknown_width():
+    valid = jax.jit(SPACE.valid)
+    assert bool(valid(jnp.array([4, 3, 2])))
+    assert not bool(valid(jnp.array([4, 5, 2])))
+
+
+# --- samplers ---
+
+
+def test_sample_uniform_gives_one_width_for_all_layers_each_as_often():
+    policies = draw(bm.sample_uniform, 3000, SPACE, 4)
+    assert (policies == policies[:, :1]).all()
+    assert looks_uniform(policies[:, 0], SPACE.choices)
+
+
+def test_sample_random_gives_every_policy_as_often():
+    policies = draw(bm.sample_random, 3000, SPACE, 3)
+    rank = (policies - 2) @ np.array([9, 3, 1])
+    assert looks_uniform(rank, range(27))
+
+
+def test_sample_random_gives_the_layers_of_a_group_one_width_and_groups_their_own():
+    policies = draw(bm.sample_random, 3000, SPACE, 5, groups=(0, 0, 1, 2, 2))
+    assert (policies[:, 0] == policies[:, 1]).all()
+    assert (policies[:, 3] == policies[:, 4]).all()
+    rank = (policies[:, (0, 2, 3)] - 2) @ np.array([9, 3, 1])
+    assert looks_uniform(rank, range(27))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """``mixed(rho)``: policies [3000, 3]; rho is traced, so one programme serves all tests."""
+    keys = jax.random.split(jax.random.key(0), 3000)
+
+    @jax.jit
+    def sample(rho):
+        return jax.vmap(lambda key: bm.sample_mixed(key, SPACE, 3, rho))(keys)
+
+    return lambda rho: np.asarray(sample(rho))
+
+
+def test_sample_mixed_without_rho_is_network_wide(mixed):
+    policies = mixed(0.0)
+    assert (policies == policies[:, :1]).all()
+    assert looks_uniform(policies[:, 0], SPACE.choices)
+
+
+def test_sample_mixed_with_rho_one_draws_each_layer_by_itself(mixed):
+    rank = (mixed(1.0) - 2) @ np.array([9, 3, 1])
+    assert looks_uniform(rank, range(27))
+
+
+def test_sample_mixed_in_between_leaves_each_layer_on_the_network_width_as_often(mixed):
+    rho = 0.4
+    policies = mixed(rho)
+    # Two layers agree if both stay, or by chance (1 in 3) if either departs.
+    share = (1 - rho) ** 2 + (1 - (1 - rho) ** 2) / 3
+    tolerance = 5 * np.sqrt(share * (1 - share) / len(policies))
+    assert abs(np.mean(policies[:, 0] == policies[:, 2]) - share) < tolerance
+
+
+def test_sample_mixed_departs_from_the_given_network_width_with_probability_rho():
+    rho, count = 0.4, 6000
+    policies = draw(bm.sample_mixed, count // 3, SPACE, 3, rho, network=4)
+    share = rho / 3  # a layer that departs draws among three widths
+    for width in (2, 3):
+        tolerance = 5 * np.sqrt(share * (1 - share) / count)
+        assert abs(np.mean(policies == width) - share) < tolerance
+
+
+def test_sample_mixed_lets_the_layers_of_a_group_depart_together():
+    policies = draw(bm.sample_mixed, 500, SPACE, 4, 0.5, groups=(0, 0, 1, 1), network=4)
+    assert (policies[:, 0] == policies[:, 1]).all()
+    assert (policies[:, 2] == policies[:, 3]).all()
+    assert (policies[:, 0] != policies[:, 2]).any()
+
+
+def test_sample_average_hits_the_sum_and_gives_every_policy_of_that_sum_as_often():
+    all_of_it = [p for p in itertools.product((2, 3, 4), repeat=4) if sum(p) == 12]
+    keys = jax.random.split(jax.random.key(0), 600)
+    seen = collections.Counter(
+        tuple(bm.sample_average(key, SPACE, 4, 3.0).tolist()) for key in keys
+    )
+    assert set(seen) == set(all_of_it)
+    assert scipy.stats.chisquare([seen[p] for p in all_of_it]).pvalue > 1e-4
+
+
+def test_sample_average_counts_the_layers_of_a_group_together():
+    groups = (0, 0, 1, 2)
+    all_of_it = {
+        (a, a, b, c) for a, b, c in itertools.product((2, 3, 4), repeat=3) if 2 * a + b + c == 13
+    }
+    keys = jax.random.split(jax.random.key(1), 100)
+    seen = [tuple(bm.sample_average(key, SPACE, 4, 3.25, groups).tolist()) for key in keys]
+    assert set(seen) == all_of_it
+
+
+@pytest.mark.parametrize("average", [2.0, 2.49, 3.0, 3.51, 4.0])
+def test_sample_average_of_a_deep_network_has_the_nearest_whole_sum(average):
+    policy = bm.sample_average(jax.random.key(2), SPACE, 100, average)
+    assert policy.dtype == np.int32
+    assert policy.sum() == round(100 * average)
+    SPACE.check(policy, 100)
+
+
+def test_sample_average_depends_on_its_key_alone():
+    first, again = (bm.sample_average(jax.random.key(3), SPACE, 30, 3.0) for _ in range(2))
+    other = bm.sample_average(jax.random.key(4), SPACE, 30, 3.0)
+    assert first.tolist() == again.tolist()
+    assert first.tolist() != other.tolist()
+
+
+@pytest.mark.parametrize(
+    ("choices", "average"), [((2, 3, 4), 1.0), ((2, 3, 4), 4.5), ((2, 4, 8), 3.0), ((2, 3), -1.0)]
+)
+def test_sample_average_refuses_an_average_that_no_policy_has(choices, average):
+    with pytest.raises(bm.UserError, match="no policy of 3 layers"):
+        bm.sample_average(jax.random.key(0), bm.BitSpace(choices), 3, average)
+
+
+# --- policy files ---
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A policy file, and a function that changes its content."""
+    path = tmp_path / "policy.json"
+    bm.save_policy(path, [4, 3, 2], NAMES, SPACE, accuracy=0.5)
+
+    def change(**values):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        return path
+
+    return change
+
+
+def test_a_policy_file_reads_back(saved):
+    assert bm.load_policy(saved(), NAMES, SPACE).tolist() == [4, 3, 2]
+
+
+def test_a_policy_file_holds_what_the_format_says_and_the_notes(saved):
+    assert json.loads(saved().read_text()) == {
+        "format": "bitmixer-policy",
+        "version": 1,
+        "choices": [2, 3, 4],
+        "layers": dict(zip(NAMES, (4, 3, 2), strict=True)),
+        "accuracy": 0.5,
+    }
+
+
+def test_a_policy_file_may_list_its_layers_in_any_order(saved):
+    path = saved(layers=dict(zip(reversed(NAMES), (2, 3, 4), strict=True)))
+    assert bm.load_policy(path, NAMES, SPACE).tolist() == [4, 3, 2]
+
+
+def test_an_unknown_layer_name_brings_up_the_nearest(saved):
+    path = saved(layers={"stage1.conv1": 4, "stage1.covn2": 3, "stage2.conv1": 2})
+    with pytest.raises(bm.UserError, match=r"unknown layer 'stage1.covn2'.* stage1.conv2"):
+        bm.load_policy(path, NAMES, SPACE)
+
+
+FULL = dict.fromkeys(NAMES, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layers": {"stage1.conv1": 4}}, r"no width for layer 'stage1.conv2' \(2 missing\)"),
+        ({"choices": [2, 4, 8]}, r"made for widths \[2, 4, 8\].*\[2, 3, 4\]"),
+        ({"version": 2}, "version 2"),
+        ({"version": None}, "version None"),
+        ({"format": "other"}, "not a policy file"),
+        ({"layers": [4, 3, 2]}, '"layers" must map'),
+        ({"layers": {**FULL, "stage1.conv1": True}}, "whole numbers"),
+        ({"layers": {**FULL, "stage1.conv1": 3.0}}, "whole numbers"),
+        ({"layers": {**FULL, "stage1.conv1": "3"}}, "whole numbers"),
+        ({"layers": {**FULL, "stage1.conv1": 5}}, "width 5"),
+    ],
+)
+def test_a_policy_file_that_does_not_fit_is_refused_with_its_path(saved, values, message):
+    path = saved(**values)
+    with pytest.raises(bm.UserError, match=message) as caught:
+        bm.load_policy(path, NAMES, SPACE)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'"text"', b"[" * 100_000])
+def test_a_file_that_is_no_policy_is_refused(tmp_path, content):
+    path = tmp_path / "policy.json"
+    path.write_bytes(content)
+    with pytest.raises(bm.UserError, match="not a policy file"):
+        bm.load_policy(path, NAMES, SPACE)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(bm.UserError, match="no such policy file"):
+        bm.load_policy(tmp_path / "none.json", NAMES, SPACE)
+    with pytest.raises(bm.UserError, match="not a policy file"):
+        bm.load_policy(tmp_path, NAMES, SPACE)
+
+
+def test_save_does_not_overwrite_another_policy_unasked(tmp_path):
+    path = tmp_path / "policy.json"
+    bm.save_policy(path, [4, 3, 2], NAMES, SPACE)
+    bm.save_policy(path, [4, 3, 2], NAMES, SPACE)  # the same content again is no loss
+    with pytest.raises(bm.UserError, match="already"):
+        bm.save_policy(path, [2, 2, 2], NAMES, SPACE)
+    assert bm.load_policy(path, NAMES, SPACE).tolist() == [4, 3, 2]
+    bm.save_policy(path, [2, 2, 2], NAMES, SPACE, overwrite=True)
+    assert bm.load_policy(path, NAMES, SPACE).tolist() == [2, 2, 2]
+
+
+def test_save_does_not_overwrite_a_file_that_is_not_text(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(b"\x89PNG\xff")
+    with pytest.raises(bm.UserError, match="already"):
+        bm.save_policy(path, [4, 3, 2], NAMES, SPACE)
+    assert path.read_bytes() == b"\x89PNG\xff"
+
+
+@pytest.mark.parametrize("policy", [[4, 3], [4, 3, 7], [4.0, 3.0, 2.0]])
+def test_save_refuses_a_policy_that_does_not_fit_and_writes_nothing(tmp_path, policy):
+    with pytest.raises(bm.UserError):
+        bm.save_policy(tmp_path / "policy.json", policy, NAMES, SPACE)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what a person types ---
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"), [("3", [3, 3, 3]), ("4,3,2", [4, 3, 2]), (" 4, 3 ,2 ", [4, 3, 2])]
+)
+def test_parse_policy_reads_one_width_or_one_per_layer(text, policy):
+    assert parse_policy(text, NAMES, SPACE).tolist() == policy
+
+
+def test_parse_policy_reads_a_file(saved):
+    assert parse_policy(str(saved()), NAMES, SPACE).tolist() == [4, 3, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "5", "4,3", "4,3,7", "4,,3", "3.5", "-3", "three", "4;3;2", "9" * 30, "4 3 2 " * 50],
+)
+def test_parse_policy_refuses_anything_else(text):
+    with pytest.raises(bm.UserError):
+        parse_policy(text, NAMES, SPACE)

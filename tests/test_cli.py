@@ -1,0 +1,248 @@
+"""The command line: exit status, one line for a mistake, JSON results, help without jax."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bitmixer_jax import cli
+from bitmixer_jax.bits import save_policy
+from bitmixer_jax.training import load_trained
+from bitmixer_jax.training.checkpoints import Checkpoints
+
+COMMANDS = ("train", "evaluate", "prepare", "benchmark")
+
+
+@pytest.fixture
+def fails(capsys):
+    """``fails("evaluate", ...)`` runs a command that must fail, and returns what it says."""
+
+    def run(*words):
+        try:
+            status = cli.main([str(word) for word in words])
+        except SystemExit as end:  # from argparse
+            status = end.code
+        said = capsys.readouterr().err
+        assert status == 2
+        assert len(said.splitlines()) == 1
+        return said
+
+    return run
+
+
+def evaluated(workdir, path, *words):
+    assert cli.main(["evaluate", "--workdir", str(workdir), "--json", str(path), *words]) == 0
+    return json.loads(path.read_text())
+
+
+# A user's mistakes.
+
+
+def test_unknown_width_is_one_line(fails, trained):
+    assert "width 5" in fails("evaluate", "--workdir", trained, "--policy", "5")
+
+
+def test_wrong_policy_length_is_one_line(fails, trained):
+    assert "2 widths for a network of 6 layers" in fails(
+        "evaluate", "--workdir", trained, "--policy", "4,3"
+    )
+
+
+def test_misspelt_layer_in_a_policy_file_names_the_nearest(fails, trained, tmp_path):
+    _, model, _ = load_trained(trained)
+    path = tmp_path / "policy.json"
+    save_policy(path, [3] * model.num_layers, model.names, model.space)
+    path.write_text(path.read_text().replace("stage1.block1.conv1", "stage1.blok1.conv1"))
+    assert "did you mean stage1.block1.conv1" in fails(
+        "evaluate", "--workdir", trained, "--policy", path
+    )
+
+
+def test_policy_that_is_no_file_is_one_line(fails, trained):
+    assert "no such file" in fails("evaluate", "--workdir", trained, "--policy", "best.json")
+
+
+def test_policy_on_a_float_twin_is_one_line(fails, trained_float):
+    assert "float twin" in fails("evaluate", "--workdir", trained_float, "--policy", "3")
+
+
+def test_random_policies_of_a_float_twin_are_refused(fails, trained_float):
+    assert "float twin" in fails("evaluate", "--workdir", trained_float, "--random", "5")
+
+
+def test_missing_workdir_is_one_line(fails, tmp_path):
+    assert "no run here" in fails("evaluate", "--workdir", tmp_path / "none")
+
+
+def test_unknown_stage_names_those_there_are(fails, trained):
+    assert "activations, weights, mixed" in fails("evaluate", "--workdir", f"{trained}@mixd")
+
+
+def test_data_that_are_not_prepared_say_how_to(fails, tiny_file, tmp_path):
+    said = fails(
+        *("train", "--config", tiny_file, "--workdir", tmp_path / "run"),
+        *("--config.dataset=cifar10", f"--config.data_dir={tmp_path}"),
+    )
+    assert "bitmixer prepare cifar10" in said
+
+
+def test_unknown_setting_is_one_line(fails, tiny_file, tmp_path):
+    said = fails("train", "--config", tiny_file, "--workdir", tmp_path, "--config.sed=1")
+    assert "sed" in said
+
+
+def test_missing_configuration_is_one_line(fails, tmp_path):
+    said = fails("train", "--config", tmp_path / "none.py", "--workdir", tmp_path / "run")
+    assert "no such file" in said
+
+
+def test_configuration_that_raises_is_one_line(fails, tiny_file, tmp_path):
+    said = fails("train", "--config", f"{tiny_file}:raises", "--workdir", tmp_path / "run")
+    assert "RuntimeError: this file is broken" in said
+
+
+def test_batch_larger_than_the_data_is_one_line(fails, tiny_file, tmp_path):
+    said = fails(
+        *("train", "--config", tiny_file, "--workdir", tmp_path, "--config.batch_size=512")
+    )
+    assert "more than the 256 images" in said
+
+
+def test_other_configuration_in_the_workdir_lists_the_difference(fails, tiny_file, trained):
+    said = fails("train", "--config", tiny_file, "--workdir", trained, "--config.seed=1")
+    assert "config.seed: 0 -> 1" in said
+
+
+def test_workdir_that_is_a_file_is_one_line(fails, tiny_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = fails("train", "--config", tiny_file, "--workdir", tmp_path / "file")
+    assert "cannot write there" in said
+
+
+@pytest.mark.parametrize("where", ["none/out.json", "."])
+def test_result_that_cannot_be_written_is_refused_before_the_work(fails, tmp_path, where):
+    said = fails("evaluate", "--workdir", tmp_path / "none", "--json", tmp_path / where)
+    assert "--json" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate",),
+        ("evaluate", "--workdir", "x", "--random", "-1"),
+        ("evaluate", "--workdir", "x", "--random", "many"),
+        ("evaluate", "--workdir", "x", "--config.seed=1"),
+        ("train", "--config", "x", "--workdir", "x", "--confg.seed=1"),
+        ("train", "--config", "x", "--workdir", "x", "--config.seed", "1"),
+        ("evaluat",),
+        (),
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_are_one_line(fails, words):
+    assert "--help" in fails(*words)
+
+
+def test_mistake_leaves_no_traceback_in_a_process_of_its_own(command, tmp_path):
+    done = command("evaluate", "--workdir", tmp_path / "none")
+    assert done.returncode == 2
+    assert done.stderr == (f"bitmixer: {tmp_path / 'none'}: no run here (config.json is missing)\n")
+
+
+def test_loss_that_is_not_finite_stops_training_and_keeps_the_last_checkpoint(
+    fails, tiny_file, tmp_path
+):
+    said = fails(
+        *("train", "--config", tiny_file, "--workdir", tmp_path, "--config.log_every=1"),
+        "--config.stages.weights.learning_rate=1e30",
+    )
+    assert re.search(r"stage weights, step \d+: the loss is not finite", said)
+    assert "the checkpoint of step 2 is good" in said
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.steps[-1] == 2
+    checkpoints.close()
+
+
+# Results.
+
+
+def test_json_holds_the_documented_keys_and_no_others(trained, tmp_path):
+    result = evaluated(trained, tmp_path / "out.json", "--random", "5", "--policy", "4,3,2,2,3,4")
+    assert set(result) == {"examples", "uniform", "random", "policy"}
+    assert result["examples"] == 100
+    assert set(result["uniform"]) == {"2", "3", "4"}
+    assert set(result["random"]) == {
+        *("policies", "mean", "std", "worst", "average_bits", "scores"),
+    }
+    assert result["random"]["policies"] == len(result["random"]["scores"]) == 5
+    assert result["policy"]["widths"] == [4, 3, 2, 2, 3, 4]
+    assert set(result["policy"]) == {"widths", "top1"}
+
+
+def test_json_lacks_what_was_not_asked_for(trained, tmp_path):
+    result = evaluated(trained, tmp_path / "out.json", "--no-uniform", "--policy", "3")
+    assert set(result) == {"examples", "policy"}
+
+
+def test_uniform_policy_scores_as_in_the_uniform_protocol(trained, tmp_path):
+    result = evaluated(trained, tmp_path / "out.json", "--policy", "3")
+    assert result["policy"]["top1"] == result["uniform"]["3"]
+
+
+def test_report_and_evaluation_agree(trained, tmp_path):
+    result = evaluated(trained, tmp_path / "out.json", "--random", "5")
+    assert result == json.loads((trained / "report" / "evaluation.json").read_text())
+
+
+def test_stage_in_the_workdir_evaluates_the_network_of_then(trained, tmp_path):
+    then = evaluated(f"{trained}@weights", tmp_path / "then.json")
+    assert then["uniform"] != evaluated(trained, tmp_path / "now.json")["uniform"]
+
+
+def test_unvisited_pairs_are_refused(fails, trained):
+    said = fails("evaluate", "--workdir", f"{trained}@weights", "--policy", "4,3,2,2,3,4")
+    assert "never visited in training" in said
+
+
+def test_recalibration_serves_unvisited_pairs_and_says_which(trained, tmp_path, capsys):
+    words = ("--policy", "4,3,2,2,3,4", "--recalibrate", "--no-uniform")
+    result = evaluated(f"{trained}@weights", tmp_path / "out.json", *words)
+    assert 0 <= result["policy"]["top1"] <= 1
+    assert "stage1.block1.conv2 2->3" in result["recalibrated"]
+    assert "stage1.block1.conv2 2->2" not in result["recalibrated"]
+    assert "stage1.block1.conv2 2->3" in capsys.readouterr().out
+
+
+def test_float_twin_has_one_accuracy(trained_float, tmp_path):
+    assert set(evaluated(trained_float, tmp_path / "out.json")) == {"examples", "float"}
+
+
+# Help.
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    assert f"example: bitmixer {name} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_names_every_command(command):
+    done = command("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=str)
+def test_help_does_not_import_jax(words):
+    code = (
+        "import sys\nfrom bitmixer_jax import cli\n"
+        f"try: cli.main({words!r})\nexcept SystemExit: pass\n"
+        "heavy = {'jax', 'flax', 'orbax', 'matplotlib', 'tensorflow_datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

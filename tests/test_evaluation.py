@@ -1,0 +1,192 @@
+"""Evaluation: right counts for any policy, one compilation, and honest about what it cannot do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitmixer_jax import data
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.evaluation import Evaluator, evaluate, random_policies
+from bitmixer_jax.pairs import covering_policies, never_visited, pairs_used, recalibrate
+from bitmixer_jax.training import load_trained
+
+POLICY = np.asarray([4, 3, 2, 2, 3, 4], np.int32)
+
+
+@pytest.fixture(scope="module")
+def network(trained):
+    """Run, network and variables at the end of training."""
+    return load_trained(trained)
+
+
+@pytest.fixture(scope="module")
+def young(trained):
+    """Network and variables before any layer drew its own width."""
+    return load_trained(f"{trained}@weights")[1:]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", "test[:100]")
+
+
+@pytest.fixture(scope="module")
+def evaluator(network, digits):
+    return Evaluator(network[1], digits, digits.mean, digits.std, batch_size=100)
+
+
+def plain_top1(model, variables, dataset, policy):
+    x = data.normalize(jnp.asarray(dataset.images), dataset.mean, dataset.std)
+    logits = jax.jit(model.apply)(variables, x, bits=jnp.asarray(policy))
+    return np.mean(np.argmax(np.asarray(logits), -1) == dataset.labels)
+
+
+def test_accuracy_is_that_of_a_plain_forward_pass(network, evaluator, digits):
+    _, model, variables = network
+    policies = np.stack([POLICY, model.space.uniform(3, model.num_layers)])
+    wanted = [plain_top1(model, variables, digits, policy) for policy in policies]
+    assert evaluator.top1(variables, policies).tolist() == wanted
+    assert wanted[0] > 0.2
+
+
+def test_padding_does_not_count(network, evaluator, digits):
+    _, model, variables = network
+    padded = Evaluator(model, digits, digits.mean, digits.std, batch_size=30)
+    assert padded.top1(variables, POLICY[None]) == evaluator.top1(variables, POLICY[None])
+
+
+def test_fifty_random_policies_are_one_trace(network, evaluator):
+    _, model, variables = network
+    scores = evaluator.top1(variables, random_policies(model, 50, seed=1))
+    assert scores.shape == (50,)
+    assert evaluator.traces == 1
+
+
+def test_protocols_hold_the_scores_of_their_policies(network, evaluator):
+    _, model, variables = network
+    result = evaluate(evaluator, variables, random=4, seed=3, policy=POLICY)
+    scores = evaluator.top1(variables, random_policies(model, 4, 3))
+    assert result["random"]["scores"] == scores.tolist()
+    assert result["random"]["mean"] == pytest.approx(scores.mean())
+    assert result["random"]["std"] == pytest.approx(scores.std())
+    assert result["random"]["worst"] == scores.min()
+    assert result["random"]["average_bits"] == random_policies(model, 4, 3).mean()
+    assert result["policy"]["top1"] == evaluator.top1(variables, POLICY[None])[0]
+    for width in model.space.choices:
+        alone = evaluator.top1(variables, model.space.uniform(width, 6)[None])[0]
+        assert result["uniform"][str(width)] == alone
+
+
+def test_logits_that_are_not_finite_are_refused(network, evaluator):
+    _, _, variables = network
+    broken = jax.tree.map(lambda x: x, variables)
+    broken["params"]["head"] = jax.tree.map(lambda x: x * jnp.nan, broken["params"]["head"])
+    with pytest.raises(UserError, match="the logits are not finite"):
+        evaluator.top1(broken, POLICY[None])
+
+
+@pytest.mark.parametrize("policy", [[5] * 6, [4] * 5, [3.0] * 6])
+def test_policy_that_does_not_fit_is_refused(network, evaluator, policy):
+    with pytest.raises(UserError, match="policy: "):
+        evaluator.top1(network[2], [policy])
+
+
+def test_pairs_never_visited_are_refused(young, digits):
+    model, variables = young
+    evaluator = Evaluator(model, digits, digits.mean, digits.std)
+    with pytest.raises(UserError, match=r"never visited in training, such as 4->3 bits at "):
+        evaluator.top1(variables, POLICY[None])
+    assert evaluator.traces == 0
+
+
+@pytest.fixture(scope="module")
+def recalibrated(young):
+    model, variables = young
+    train = data.load("digits", "train[:128]")
+    return recalibrate(model, variables, train.images, train.mean, train.std, 64)
+
+
+def tables(model, variables):
+    """(params, statistics, whether visited) of each Transitional BN."""
+    for layer in model.layers:
+        for kernel in layer.kernels:
+            name = f"{kernel.name}_norm"
+            stats = variables["batch_stats"][layer.name][name]
+            yield variables["params"][layer.name][name], stats, np.asarray(stats["count"]) > 0
+
+
+def test_recalibration_leaves_visited_pairs_bit_for_bit(young, recalibrated):
+    model, variables = young
+    pairs = zip(tables(model, variables), tables(model, recalibrated), strict=True)
+    seen = 0
+    for (params, stats, visited), (new_params, new_stats, _) in pairs:
+        seen += visited.sum()
+        for old, new in ((params, new_params), (stats, new_stats)):
+            for leaf in old:
+                before, after = np.asarray(old[leaf])[visited], np.asarray(new[leaf])[visited]
+                assert before.tobytes() == after.tobytes()
+    assert seen > 0
+
+
+def test_recalibration_leaves_kernels_and_steps(young, recalibrated):
+    for layer in young[0].layers:
+        old, new = (v["params"][layer.name]["conv"] for v in (young[1], recalibrated))
+        assert all(np.array_equal(old[leaf], new[leaf]) for leaf in old)
+
+
+def test_recalibration_gives_every_pair_statistics(young, recalibrated):
+    model, _ = young
+    stats = recalibrated["batch_stats"]
+    assert never_visited(model, stats, covering_policies(model)) == []
+    for _, table, visited in tables(model, recalibrated):
+        assert visited.all()
+        assert np.isfinite(table["mean"]).all()
+        assert (np.asarray(table["var"]) > 0).all()
+
+
+def test_recalibration_estimates_other_statistics_than_those_copied(young, recalibrated):
+    model, variables = young
+    name = model.layers[1].name
+    visited = np.asarray(variables["batch_stats"][name]["conv_norm"]["count"]) > 0
+    new = np.asarray(recalibrated["batch_stats"][name]["conv_norm"]["mean"])
+    diagonal = np.arange(model.space.n)
+    assert visited[diagonal, diagonal].all()
+    assert not np.allclose(new[0, 1], new[1, 1])
+
+
+def test_recalibration_needs_one_batch(young):
+    model, variables = young
+    train = data.load("digits", "train[:8]")
+    with pytest.raises(UserError, match="8 images; give at least 64"):
+        recalibrate(model, variables, train.images, train.mean, train.std, 64)
+
+
+def test_covering_policies_cover_all_pairs(network):
+    model = network[1]
+    policies = covering_policies(model)
+    assert policies.shape == (9, 6)
+    assert policies.dtype == np.int32
+    assert all(np.asarray(used).all() for used in pairs_used(model, policies).values())
+
+
+def test_random_policies_are_reproducible(network):
+    model = network[1]
+    first, again = (random_policies(model, 20, seed=7) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, random_policies(model, 20, seed=8))
+
+
+def test_random_policies_take_every_width_in_every_layer(network):
+    policies = random_policies(network[1], 60, seed=0)
+    assert all(set(column) == {2, 3, 4} for column in policies.T.tolist())
+
+
+def test_block_selection_gives_the_layers_of_a_block_one_width(network):
+    model = network[1]
+    groups = np.asarray(model.groups("block"))
+    policies = random_policies(model, 30, 0, tuple(groups.tolist()))
+    assert len(set(groups.tolist())) < len(groups)
+    for group in set(groups.tolist()):
+        assert (np.ptp(policies[:, groups == group], axis=1) == 0).all()
+    assert len(np.unique(policies, axis=0)) > 10

@@ -1,0 +1,133 @@
+"""The report of a run: a summary and plots, from whatever the run left."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.report import plot_curves, table, write_report
+from bitmixer_jax.runs import train_and_report
+from bitmixer_jax.training import load_trained
+from bitmixer_jax.training.checkpoints import read_config
+from bitmixer_jax.training.metrics import METRICS_FILE, Metrics, read_metrics
+
+
+def assert_real_plot(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("L"))
+    assert min(pixels.shape) > 200
+    assert len(np.unique(pixels)) > 10
+
+
+def test_report_of_a_run_has_summary_and_plots(trained):
+    names = {path.name for path in (trained / "report").iterdir()}
+    assert names == {"README.md", "evaluation.json", "curves.png", "accuracy.png", "pairs.png"}
+    for name in ("curves.png", "accuracy.png", "pairs.png"):
+        assert_real_plot(trained / "report" / name)
+        assert f"({name})" in (trained / "report" / "README.md").read_text()
+
+
+def test_summary_names_network_data_stages_and_accuracies(trained):
+    text = (trained / "report" / "README.md").read_text()
+    assert text.startswith("# resnet8 on digits\n")
+    result = json.loads((trained / "report" / "evaluation.json").read_text())
+    for width, top1 in result["uniform"].items():
+        assert f"| all layers at {width} bits | {100 * top1:.2f} |" in text
+    assert "| 5 random policies " in text
+    assert all(f"| {stage} | " in text for stage in ("activations", "weights", "mixed"))
+
+
+def test_report_of_a_float_twin_has_curves_and_one_accuracy(trained_float):
+    names = {path.name for path in (trained_float / "report").iterdir()}
+    assert names == {"README.md", "evaluation.json", "curves.png"}
+    assert_real_plot(trained_float / "report" / "curves.png")
+    assert "| float twin | " in (trained_float / "report" / "README.md").read_text()
+
+
+def test_float_twin_that_a_run_started_from_is_in_its_report(trained, tmp_path):
+    _, model, variables = load_trained(trained)
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    result = json.loads((workdir / "report" / "evaluation.json").read_text())
+    config = read_config(workdir)
+    folder = write_report(workdir, model, variables["batch_stats"], result, config, 0.75)
+    assert "| float twin | 75.00 |" in (folder / "README.md").read_text()
+
+
+def test_report_of_pairs_not_visited_yet_leaves_accuracies_out(tiny, tmp_path, capsys):
+    train_and_report(tiny("order=('activations',)"), tmp_path / "run")
+    folder = tmp_path / "run" / "report"
+    assert "report without accuracies: " in capsys.readouterr().out
+    assert_real_plot(folder / "curves.png")
+    assert json.loads((folder / "evaluation.json").read_text()) == {"examples": 100}
+
+
+def test_file_in_place_of_the_report_is_an_error(trained, tmp_path):
+    _, model, variables = load_trained(trained)
+    (tmp_path / "report").write_text("")
+    with pytest.raises(UserError, match="report: cannot write there"):
+        write_report(tmp_path, model, variables["batch_stats"], {}, {})
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_curves_of_a_run_with_few_records_are_drawn(trained, tmp_path, lines):
+    content = (trained / METRICS_FILE).read_text().splitlines(keepends=True)
+    (tmp_path / METRICS_FILE).write_text("".join(content[:lines]))
+    plot_curves(tmp_path / "curves.png", tmp_path)
+    assert_real_plot(tmp_path / "curves.png")
+
+
+def test_table_holds_what_was_asked_for_only():
+    assert table({"examples": 9, "policy": {"widths": [2, 4], "top1": 0.5}}) == [
+        "| top-1, 9 images | % |",
+        "|---|---|",
+        "| policy 2,4 (3.00 bits on average) | 50.00 |",
+    ]
+
+
+def write_lines(workdir, *lines):
+    (workdir / METRICS_FILE).write_bytes(b"\n".join(lines) + b"\n")
+
+
+def test_last_record_of_a_step_counts(tmp_path):
+    write_lines(
+        tmp_path,
+        b'{"kind": "train", "step": 2, "loss": 1}',
+        b'{"kind": "train", "step": 4, "loss": 2}',
+        b'{"kind": "train", "step": 2, "loss": 3}',
+    )
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path, "train")] == [(2, 3), (4, 2)]
+
+
+def test_records_of_another_kind_are_left_out(tmp_path):
+    write_lines(tmp_path, b'{"kind": "evaluate", "step": 2}', b'{"kind": "train", "step": 3}')
+    assert [r["step"] for r in read_metrics(tmp_path, "train")] == [3]
+
+
+@pytest.mark.parametrize(
+    "cut", [b'{"kind": "train", "st', b"", b"\x00\x00\xff", b"[1]", b'{"kind": "train"}']
+)
+def test_line_that_is_no_record_is_left_out(tmp_path, cut):
+    write_lines(tmp_path, b'{"kind": "train", "step": 2}', cut, b'{"kind": "train", "step": 3}')
+    assert [r["step"] for r in read_metrics(tmp_path, "train")] == [2, 3]
+
+
+def test_missing_metrics_are_no_records(tmp_path):
+    assert read_metrics(tmp_path, "train") == []
+
+
+def test_record_after_a_cut_line_is_kept(tmp_path):
+    (tmp_path / METRICS_FILE).write_text('{"kind": "train", "step": 2}\n{"kind": "tr')
+    metrics = Metrics(tmp_path, 2)
+    metrics.write("train", 3, {"loss": 1.0})
+    metrics.close()
+    assert [r["step"] for r in read_metrics(tmp_path, "train")] == [2, 3]
+
+
+def test_file_in_place_of_the_workdir_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there"):
+        Metrics(tmp_path / "file", 0)

@@ -1,0 +1,274 @@
+"""Checkpoints come back bit for bit, or not at all: damage is one clear error."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.training.checkpoints import Checkpoints, claim, differences, read_config
+from bitmixer_jax.training.step import TrainState
+
+
+def make_state(step, width=16, tx=None):
+    rng = np.random.default_rng(step)
+    params = {
+        "conv": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 8, width)), jnp.float32)},
+        "input": {"step": jnp.asarray(rng.uniform(size=3), jnp.float32)},
+    }
+    stats = {"norm": {"count": jnp.asarray(rng.integers(0, 9, (3, 3)), jnp.int32)}}
+    opt_state = (tx or optax.sgd(0.1, 0.9)).init(params)
+    opt_state = jax.tree.map(lambda x: x + step, opt_state)
+    return TrainState(jnp.int32(step), params, stats, opt_state)
+
+
+def save(workdir, *steps, **options):
+    checkpoints = Checkpoints(workdir, **options)
+    for step in steps:
+        checkpoints.save(make_state(step), {"stage": "mixed"})
+    checkpoints.wait()
+    found = checkpoints.steps
+    checkpoints.close()
+    return found
+
+
+def restore(workdir, like=None, step=None):
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        return checkpoints.restore(like if like is not None else make_state(0), step)
+    finally:
+        checkpoints.close()
+
+
+def assert_equal(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("saved")
+    save(workdir, 3, 7)
+    return workdir
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def test_newest_state_comes_back_bit_for_bit(saved):
+    assert_equal(restore(saved), make_state(7))
+
+
+def test_older_state_comes_back_when_asked_for(saved):
+    assert_equal(restore(saved, step=3), make_state(3))
+
+
+def test_no_checkpoint_restores_none(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert restore(tmp_path) is None
+
+
+def test_unknown_step_names_those_there_are(saved):
+    with pytest.raises(UserError, match=r"checkpoints/5: no such checkpoint.*\[3, 7\]"):
+        restore(saved, step=5)
+
+
+def test_newest_and_ends_of_stages_are_kept(tmp_path):
+    assert save(tmp_path, 1, 2, 3, 4, 5, keep=2, keep_steps=(2,)) == [2, 4, 5]
+
+
+def test_saving_a_step_again_leaves_it(saved, copy):
+    checkpoints = Checkpoints(copy)
+    checkpoints.save(make_state(3).replace(step=jnp.int32(7)), {})
+    checkpoints.close()
+    assert_equal(restore(copy), make_state(7))
+
+
+def test_saved_values_are_those_before_the_state_is_donated(tmp_path):
+    bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    state = jax.jit(lambda: make_state(0, width=512))()
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    wanted = {}
+    for step in range(4):
+        wanted[step] = jax.tree.map(np.array, state)
+        checkpoints.save(state, {})
+        state = bump(state)
+    checkpoints.close()
+    for step, value in wanted.items():
+        assert_equal(restore(tmp_path, value, step), value)
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "delete":
+        path.unlink()
+    elif how == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "overwrite":
+        path.write_bytes(b"\x00 not what was here \xff" * 20)
+    else:
+        content[int(how * (len(content) - 1))] ^= 0x10
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["delete", "truncate", "overwrite", 0.0, 0.3, 0.6, 1.0])
+def test_damaged_file_is_an_error_that_names_the_folder_or_changes_nothing(saved, tmp_path, how):
+    refused = set()
+    for i, name in enumerate(files(saved / "checkpoints/7")):
+        copy = shutil.copytree(saved, tmp_path / str(i))
+        damage(copy / "checkpoints/7" / name, how)
+        try:
+            assert_equal(restore(copy), make_state(7))
+        except UserError as error:
+            refused.add(name)
+            message = str(error)
+        else:
+            continue
+        assert str(copy / "checkpoints/7") in message
+        assert "\n" not in message
+    assert "notes/metadata" in refused
+    assert "state/manifest.ocdbt" in refused
+
+
+def test_flipped_bits_in_the_arrays_are_noticed(saved, tmp_path):
+    noticed = 0
+    for i, place in enumerate(np.linspace(0, 1, 12)):
+        copy = shutil.copytree(saved, tmp_path / str(i))
+        damage(largest(copy / "checkpoints/7/state/ocdbt.process_0"), place)
+        try:
+            assert_equal(restore(copy), make_state(7))
+        except UserError:
+            noticed += 1
+    assert noticed >= 6
+
+
+def test_wrong_digest_is_an_error(copy):
+    path = copy / "checkpoints/7/notes/metadata"
+    notes = json.loads(path.read_text())
+    path.write_text(json.dumps({**notes, "sha256": "0" * 64}))
+    with pytest.raises(UserError, match="not those that were saved"):
+        restore(copy)
+
+
+def test_checkpoint_before_the_damaged_one_is_good_once_that_is_removed(copy):
+    damage(largest(copy / "checkpoints/7/state"), "truncate")
+    with pytest.raises(UserError, match=r"Remove .*/checkpoints/7 "):
+        restore(copy)
+    shutil.rmtree(copy / "checkpoints/7")
+    assert_equal(restore(copy), make_state(3))
+
+
+def test_damage_says_nothing_on_standard_error_but_the_error(copy):
+    damage(next((copy / "checkpoints/7/state/d").iterdir()), "truncate")
+    code = (
+        "import sys; from bitmixer_jax.training.checkpoints import Checkpoints\n"
+        "import jax, numpy as np\n"
+        f"try: Checkpoints({str(copy)!r}, read_only=True).restore({{'a': np.zeros(3)}})\n"
+        "except ValueError as error: print(error, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(done.stderr.splitlines()) == 1
+    assert "damaged checkpoint" in done.stderr
+
+
+def test_empty_step_folder_is_an_error(copy):
+    (copy / "checkpoints/9").mkdir()
+    with pytest.raises(UserError, match="checkpoints/9: damaged"):
+        restore(copy)
+
+
+def test_foreign_checkpoint_is_an_error(tmp_path):
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(5, args=ocp.args.StandardSave({"w": np.ones(3)}))
+    with pytest.raises(UserError, match=r"checkpoints/5: "):
+        restore(tmp_path)
+
+
+def test_other_network_names_the_first_difference(saved):
+    with pytest.raises(UserError, match=r"another network or optimiser.*kernel.*8, 16\].*8, 32\]"):
+        restore(saved, make_state(0, width=32))
+
+
+def test_other_optimiser_is_an_error(saved):
+    with pytest.raises(UserError, match="another network or optimiser: opt_state"):
+        restore(saved, make_state(0, tx=optax.adam(0.1)))
+
+
+def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch):
+    checkpoints = Checkpoints(copy)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(UserError, match="the disk is full; that of step 7 is whole") as caught:
+        checkpoints.save(make_state(8), {})
+    assert "\n" not in str(caught.value)
+    checkpoints.close()
+    assert_equal(restore(copy), make_state(7))
+
+
+def test_differences_name_each_setting_with_both_values():
+    old = {"a": 1, "b": {"c": [1, 2], "gone": 0}}
+    assert differences(old, {"a": 2, "b": {"c": [1, 2], "new": 3}}) == [
+        "config.a: 1 -> 2",
+        "config.b.gone: 0 -> absent",
+        "config.b.new: absent -> 3",
+    ]
+
+
+def test_other_configuration_is_an_error_that_lists_the_differences(tmp_path):
+    claim(tmp_path, {"seed": 0, "model": {"width": 4}})
+    with pytest.raises(UserError, match=r"config\.json: .*config\.model\.width: 4 -> 8") as caught:
+        claim(tmp_path, {"seed": 1, "model": {"width": 8}})
+    assert "config.seed: 0 -> 1" in str(caught.value)
+
+
+def test_free_settings_may_change(tmp_path):
+    claim(tmp_path, {"seed": 0, "log_every": 1})
+    claim(tmp_path, {"seed": 0, "log_every": 2}, free=("log_every",))
+    assert read_config(tmp_path) == {"seed": 0, "log_every": 2}
+
+
+def test_checkpoints_without_a_configuration_are_not_taken_over(saved):
+    with pytest.raises(UserError, match=r"has checkpoints but no config\.json"):
+        claim(saved, {})
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_damaged_configuration_names_the_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: "):
+        claim(tmp_path, {})
+
+
+def test_workdir_below_a_file_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run: cannot write there"):
+        claim(tmp_path / "file" / "run", {})
+
+
+def test_file_in_place_of_the_checkpoints_is_an_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints: cannot write there"):
+        Checkpoints(tmp_path)
