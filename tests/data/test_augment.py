@@ -61,6 +61,7 @@ def test_every_result_is_a_padded_crop_and_all_outcomes_occur() -> None:
     assert len(set(zip(rows, columns, strict=True))) == 25  # drawn independently of each other
 
 
+@pytest.mark.slow
 def test_crop_and_mirror_do_not_disturb_each_other() -> None:
     images, key = _images(64), jax.random.key(3)
     flips = np.asarray(_augment(key, images, pad=0, flip=True))
@@ -70,7 +71,14 @@ def test_crop_and_mirror_do_not_disturb_each_other() -> None:
     np.testing.assert_array_equal(both, _augment(key, flips, pad=1, flip=False))
 
 
-@pytest.mark.parametrize(("pad", "flip"), [(2, True), (3, False), (0, True)])
+@pytest.mark.parametrize(
+    ("pad", "flip"),
+    [
+        pytest.param(2, True, marks=pytest.mark.slow),
+        pytest.param(3, False, marks=pytest.mark.slow),
+        (0, True),
+    ],
+)
 def test_the_same_whether_one_device_has_the_batch_or_four(pad: int, flip: bool) -> None:
     images, key = _images(16), jax.random.key(7)
     whole = _augment(key, images, pad=pad, flip=flip)
