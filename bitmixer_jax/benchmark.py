@@ -17,6 +17,13 @@ from bitmixer_jax.training.plan import init
 from bitmixer_jax.training.stages import Stage
 from bitmixer_jax.training.step import Spread, StepSettings, TrainState, make_train_step, replicate
 
+KINDS = {
+    "float": Stage(name="float", epochs=1, quantize="nothing"),
+    "activations": Stage(name="activations", epochs=1, quantize="activations"),
+    "network-wide": Stage(name="network", epochs=1),
+    "layer-wise": Stage(name="layer", epochs=1, widths="layer", rho_start=1.0),
+}
+
 
 def benchmark(
     name: str, *, batch_size: int = 128, steps: int = 20, compute_dtype: str = "float32"
@@ -46,12 +53,6 @@ def benchmark(
     if steps < 1:
         raise UserError(f"steps = {steps}: give 1 or more")
     model = create_model(name, num_classes=10, compute_dtype=compute_dtype)
-    kinds = {
-        "float": (model.float_twin(), Stage(name="float", epochs=1, quantize="nothing")),
-        "activations": (model, Stage(name="activations", epochs=1, quantize="activations")),
-        "network-wide": (model, Stage(name="network", epochs=1)),
-        "layer-wise": (model, Stage(name="layer", epochs=1, widths="layer", rho_start=1.0)),
-    }
     rng = np.random.default_rng(0)
     data = {
         "image": rng.integers(0, 256, (batch_size, *model.image_shape), np.uint8),
@@ -69,13 +70,13 @@ def benchmark(
         "python": platform.python_version(),
         "steps": {},
     }
-    for kind, (network, stage) in kinds.items():
-        step, state = _prepare(network, stage, batch_size, devices)
+    for kind, stage in KINDS.items():
+        step, state = prepare_step(model, stage, batch_size, devices)
         begun = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, data, rows))
         result["steps"][kind] = {"compile_seconds": time.perf_counter() - begun}
         running[kind] = (step, state)
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(steps):
         for kind, (step, state) in running.items():
             begun = time.perf_counter()
@@ -93,9 +94,11 @@ def benchmark(
     return result
 
 
-def _prepare(
-    network: Network, stage: Stage, batch_size: int, devices: list[Any]
+def prepare_step(
+    model: Network, stage: Stage, batch_size: int, devices: list[Any]
 ) -> tuple[Spread, TrainState]:
+    """The step of a stage, and a fresh state on the devices; the float twin's if that is asked."""
+    network = model.float_twin() if stage.quantize == "nothing" else model
     tx = make_optimizer(OptimizerSettings(), stage, 1000)
     channels = network.image_shape[-1]
     settings = StepSettings(

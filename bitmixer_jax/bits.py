@@ -39,7 +39,8 @@ class BitSpace:
     choices: tuple[int, ...] = (2, 3, 4)
 
     def __post_init__(self) -> None:
-        choices = tuple(self.choices)
+        given: Any = self.choices
+        choices = tuple(given) if isinstance(given, Sequence) else ()
         if not choices or not all(
             isinstance(c, int | np.integer) and not isinstance(c, bool) for c in choices
         ):
@@ -74,7 +75,7 @@ class BitSpace:
 
     def uniform(self, width: int, num_layers: int) -> np.ndarray:
         """The policy that runs all ``num_layers`` layers at ``width`` bits: int32 ``[L]``."""
-        return self.check(np.full(num_layers, width, np.int32), num_layers)
+        return self.check(np.full(num_layers, width), num_layers)
 
     def check(self, widths: Any, num_layers: int | None = None) -> np.ndarray:
         """Returns ``widths`` as an int32 ``[L]`` array (or ``[M, L]``: M policies), or raises.
@@ -82,7 +83,10 @@ class BitSpace:
         Raises:
           UserError: not whole numbers, the wrong length, or a width outside ``choices``.
         """
-        policy = np.asarray(widths)
+        try:
+            policy = np.asarray(widths)
+        except ValueError:  # rows of different lengths
+            policy = np.zeros(0)
         if policy.ndim not in (1, 2) or not np.issubdtype(policy.dtype, np.integer):
             raise UserError(
                 f"policy: got {widths!r}; give one whole number of bits per layer, "
@@ -188,7 +192,7 @@ def sample_average(
       UserError: no policy has that average; the message gives the reachable range.
     """
     sizes = np.bincount(np.arange(num_layers) if groups is None else np.asarray(groups))
-    total = round(average * num_layers)
+    total = max(round(average * num_layers), 0)
     # ways[g][s]: in how many ways groups g.. can use s bits in all (exact integers).
     ways: list[list[int]] = [[0] * (total + 1) for _ in range(len(sizes) + 1)]
     ways[-1][0] = 1
@@ -196,7 +200,7 @@ def sample_average(
         for s in range(total + 1):
             used = [s - c * int(sizes[g]) for c in space.choices]
             ways[g][s] = sum(ways[g + 1][u] for u in used if u >= 0)
-    if total < 0 or not ways[0][total]:
+    if not ways[0][total]:
         raise UserError(
             f"average width {average}: no policy of {num_layers} layers has it; choose a value in "
             f"[{space.narrowest}, {space.widest}] that the layers can reach together"
@@ -250,7 +254,7 @@ def save_policy(
     }
     text = json.dumps(content, indent=2) + "\n"
     path = pathlib.Path(path)
-    if path.exists() and path.read_text() != text and not overwrite:
+    if path.exists() and path.read_bytes() != text.encode() and not overwrite:
         raise UserError(f"{path}: a file is there already; choose another name or ask to overwrite")
     path.write_text(text)
 
@@ -313,8 +317,13 @@ def parse_policy(text: str, names: Sequence[str], space: BitSpace) -> np.ndarray
         if len(widths) == 1:
             widths *= len(names)
         return space.check(widths, len(names))
-    if not pathlib.Path(text).exists():
+    try:
+        found = pathlib.Path(text).exists()
+    except OSError:  # too long for a path
+        found = False
+    if not found:
         raise UserError(
-            f"policy {text!r}: not a width, not a comma-separated list of widths, and no such file"
+            f"policy {text[:80]!r}: not a width, not a comma-separated list of widths, "
+            "and no such file"
         )
     return load_policy(text, names, space)
