@@ -50,7 +50,7 @@ def main():
         result = json.loads((workdir / "report" / "evaluation.json").read_text())
         groups.setdefault(name, []).append(result)
         records = read_metrics(workdir, "train")
-        rates = [r["images_per_second"] for r in records[1:]]
+        rates = [r["images_per_second"] for r in records if "images_per_second" in r]
         minutes.setdefault(name, []).append(np.median(rates))
         target = arguments.out / workdir.name
         target.mkdir(parents=True, exist_ok=True)

@@ -199,6 +199,7 @@ class _Trainer:
         every = max(1, round(run.evaluate_every * plan.steps_per_epoch))
         evaluated = step // every
         self.bar.say(f"stage {stage.name}: steps {step} to {plan.ends[number]}")
+        self.bar.show(step, stage.name, "compiling the step")
         while step < plan.ends[number]:
             if run.evaluate_every and step // every > evaluated:
                 evaluated = step // every
@@ -259,13 +260,17 @@ class _Trainer:
             )
         record = {key: float(v.mean()) for key, v in values.items()}
         record["epoch"] = step / self.plan.steps_per_epoch
-        record["images_per_second"] = clock.rate(sum(len(m["loss"]) for m in fetched))
+        rate = clock.rate(sum(len(m["loss"]) for m in fetched))
+        speed = ""
+        if rate is not None:
+            record["images_per_second"] = rate
+            left = (self.plan.ends[-1] - step) * self.plan.run.batch_size / rate
+            speed = f", {rate:.0f} images/s, {_duration(left)} left"
         self.metrics.write("train", step, {"stage": name, **record})
         self.bar.show(
             step,
             name,
-            f"loss {record['loss']:.3f}, accuracy {100 * record['accuracy']:.1f}%, "
-            f"{record['images_per_second']:.0f} images/s",
+            f"loss {record['loss']:.3f}, accuracy {100 * record['accuracy']:.1f}%{speed}",
         )
         return []
 
@@ -316,18 +321,27 @@ def describe(result: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _duration(seconds: float) -> str:
+    """Such as 45 s, 12 min, 3 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
 class _Clock:
-    """Images per second since the last reading; the compilation before the first does not count."""
+    """Images per second since the last reading; the first, with its compilation, gives none."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch = batch_size
-        self.restart()
+        self._last: float | None = None
 
     def restart(self) -> None:
+        """Leaves out the time since the last reading."""
         self._last = time.monotonic()
 
-    def rate(self, steps: int) -> float:
-        now = time.monotonic()
-        rate = steps * self._batch / max(now - self._last, 1e-9)
+    def rate(self, steps: int) -> float | None:
+        """Images per second of the ``steps`` since the last reading."""
+        now, last = time.monotonic(), self._last
         self._last = now
-        return rate
+        return None if last is None else steps * self._batch / max(now - last, 1e-9)

@@ -91,19 +91,17 @@ class Bar:
 
     def __init__(self, total: int, done: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
         self._console = Console(highlight=False, soft_wrap=True)
         self._live = self._console.is_terminal
-        self._total, self._done = total, done
-        self._begun = self._spoken = time.monotonic()
-        self._first = done
+        self._total = total
+        self._spoken = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
             console=self._console,
             disable=not self._live,
         )
@@ -120,8 +118,7 @@ class Bar:
         self._progress.update(self._task, completed=step, description=stage, text=text)
         now = time.monotonic()
         if not self._live and now - self._spoken > 10:
-            left = (now - self._begun) / max(step - self._first, 1) * (self._total - step)
-            self.say(f"{stage} {step}/{self._total} {text}, {left / 60:.1f} min left")
+            self.say(f"{stage} {step}/{self._total} {text}")
             self._spoken = now
 
     def stop(self) -> None:
