@@ -54,8 +54,12 @@ def main():
         minutes.setdefault(name, []).append(np.median(rates))
         target = arguments.out / workdir.name
         target.mkdir(parents=True, exist_ok=True)
-        for file in [workdir / "config.json", *(workdir / "report").iterdir()]:
+        for file in (workdir / "report").iterdir():
             (target / file.name).write_bytes(file.read_bytes())
+        config = json.loads((workdir / "config.json").read_text())
+        for setting in ("data_dir", "init_from", "teacher"):  # without one machine's folders
+            config[setting] = pathlib.PurePath(config[setting]).name
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     switchable = {n: r for n, r in groups.items() if "uniform" in r[0]}
     floats = [r["float"] for rs in groups.values() for r in rs if "float" in r]
     widths = list(reversed(next(iter(switchable.values()))[0]["uniform"]))

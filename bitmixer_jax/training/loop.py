@@ -203,6 +203,7 @@ class _Trainer:
         while step < plan.ends[number]:
             if run.evaluate_every and step // every > evaluated:
                 evaluated = step // every
+                pending = self.log(pending, step, number, clock)
                 self.evaluate(state, number)
                 clock.restart()
             if time.monotonic() - self.saved_at > run.checkpoint_seconds or signals.received:
