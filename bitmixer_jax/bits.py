@@ -245,6 +245,11 @@ def save_policy(
         ``overwrite`` is false.
     """
     widths = space.check(policy, len(names))
+    taken = {"format", "version", "choices", "layers"} & set(notes)
+    if taken:
+        raise UserError(
+            f"policy file: the note {taken.pop()!r} is a field of the format; rename it"
+        )
     content = {
         "format": POLICY_FORMAT,
         "version": POLICY_VERSION,
@@ -254,9 +259,14 @@ def save_policy(
     }
     text = json.dumps(content, indent=2) + "\n"
     path = pathlib.Path(path)
-    if path.exists() and path.read_bytes() != text.encode() and not overwrite:
-        raise UserError(f"{path}: a file is there already; choose another name or ask to overwrite")
-    path.write_text(text)
+    try:
+        if path.exists() and path.read_bytes() != text.encode() and not overwrite:
+            raise UserError(
+                f"{path}: a file is there already; take another name or ask to overwrite"
+            )
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror})") from None
 
 
 def load_policy(path: str | pathlib.Path, names: Sequence[str], space: BitSpace) -> np.ndarray:

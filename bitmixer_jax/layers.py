@@ -46,7 +46,7 @@ class Quantization:
       epsilon: added to the variance.
       axis_name: device axis over which batch statistics are averaged; None keeps them local.
       compute_dtype: of the operands of a convolution of codes ("bfloat16" is exact up to 8 bits;
-        sums are float32).
+        sums are float32); in a float twin, of all convolutions.
     """
 
     space: BitSpace | None = dataclasses.field(default_factory=BitSpace)

@@ -458,9 +458,9 @@ def test_a_small_mobilenet_runs_mixed_policies():
     model = bm.create_model(
         "mobilenetv2", num_classes=5, space=SPACE, image_shape=(16, 16, 3), multiplier=0.25
     )
-    x = images(shape=(16, 16, 3))
-    apply = jax.jit(lambda variables, bits: model.apply(variables, x, bits=bits))
-    logits = [apply(trained(model), policy) for policy in random_policies(3, 51)]
+    x, variables = images(shape=(16, 16, 3)), trained(model)
+    apply = jax.jit(lambda bits: model.apply(variables, x, bits=bits))
+    logits = [apply(policy) for policy in random_policies(3, 51)]
     assert np.isfinite(logits).all()
     assert (logits[0] != logits[1]).any()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -81,8 +82,10 @@ class Network(nn.Module):
 
     def end_quant(self) -> Quantization:
         """Quantization of stem and head: off, or one fixed width of 8 bits."""
-        if self.ends == "float" or self.quant.space is None:
-            return self.quant.float_twin()
+        if self.quant.space is None:
+            return self.quant
+        if self.ends == "float":  # real values: bfloat16 is exact for codes only
+            return dataclasses.replace(self.quant.float_twin(), compute_dtype="float32")
         return Quantization(
             space=BitSpace((8,)),
             activations=self.quant.activations,
@@ -115,8 +118,11 @@ class Network(nn.Module):
                 "bits: give a policy, one width per layer, such as model.space.uniform(...)"
             )
         if isinstance(bits, tuple | list):
-            widths = self.space.check(np.asarray(bits), self.num_layers).tolist()
-            return tuple(self.space.index(width) for width in widths), None
+            widths = self.space.check(bits, self.num_layers)
+            if widths.ndim == 1:
+                return tuple(self.space.index(width) for width in widths.tolist()), None
+            bits = widths
+        bits = np.asarray(bits) if isinstance(bits, int) else bits
         if bits.shape != (self.num_layers,):
             raise UserError(
                 f"bits: shape {bits.shape}; give one width per layer, ({self.num_layers},)"

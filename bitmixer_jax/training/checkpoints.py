@@ -247,8 +247,8 @@ class Checkpoints:
                 )["state"]
         except Exception as error:
             raise UserError(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
-        # Array files carry no checksum of their own. Runs of early versions have no digest.
-        if "sha256" in notes and notes["sha256"] != _digest(restored):
+        # Array files carry no checksum of their own.
+        if notes.get("sha256") != _digest(restored):
             raise UserError(
                 f"{path}: damaged checkpoint (the values are not those that were saved). {advice}"
             )

@@ -339,7 +339,8 @@ class _Clock:
 
     def restart(self) -> None:
         """Leaves out the time since the last reading."""
-        self._last = time.monotonic()
+        if self._last is not None:
+            self._last = time.monotonic()
 
     def rate(self, steps: int) -> float | None:
         """Images per second of the ``steps`` since the last reading."""

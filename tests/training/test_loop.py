@@ -1,0 +1,78 @@
+"""Runs whose settings differ from the default, through the loop to the report."""
+
+import jax
+import numpy as np
+import pytest
+
+from bitmixer_jax.evaluation import Evaluator
+from bitmixer_jax.runs import train_and_report
+from bitmixer_jax.training import load_trained
+from bitmixer_jax.training.metrics import read_metrics
+from bitmixer_jax.training.plan import make_plan
+
+
+@pytest.fixture(scope="module")
+def unusual(tiny, trained_float, tmp_path_factory):
+    """A float teacher, AdamW, EMA, sandwich steps, blocks, three steps a dispatch."""
+    workdir = tmp_path_factory.mktemp("unusual") / "run"
+    config = tiny(
+        f"init_from={trained_float}",
+        f"teacher={trained_float}",
+        "stages.mixed.distill=teacher",
+        "stages.mixed.policies=sandwich",
+        "optimizer.name=adamw",
+        "optimizer.ema=0.9",
+        "selection=block",
+        "label_smoothing=0.1",
+        "steps_per_dispatch=3",
+        "order=('weights','mixed')",
+    )
+    for stage in config.stages.values():
+        stage.learning_rate = 1e-3
+    train_and_report(config, workdir)
+    return workdir
+
+
+def test_a_run_with_every_option_ends_with_finite_losses(unusual):
+    records = read_metrics(unusual, "train")
+    assert {record["stage"] for record in records} == {"weights", "mixed"}
+    assert all(np.isfinite(record["loss"]) for record in records)
+
+
+def test_layers_of_a_block_never_met_at_different_widths(unusual):
+    _, model, variables = load_trained(unusual)
+    second_of_block = [i for i, layer in enumerate(model.layers) if layer.name.endswith("conv2")]
+    for i in second_of_block:
+        count = np.asarray(variables["batch_stats"][model.names[i]]["conv_norm"]["count"])
+        assert count.sum() > 0
+        assert (count[~np.eye(3, dtype=bool)] == 0).all()
+
+
+def test_evaluation_uses_the_moving_average(unusual):
+    run, model, variables = load_trained(unusual)
+    from bitmixer_jax.training.checkpoints import Checkpoints, read_config
+
+    examples = read_config(unusual)["made_for"]["examples"]
+    plan = make_plan(run, model, examples)
+    state = Checkpoints(unusual, read_only=True).restore(plan.abstract_state())
+    averaged, last = jax.tree.leaves(variables["params"]), jax.tree.leaves(state.params)
+    for a, b in zip(averaged, jax.tree.leaves(state.ema), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(averaged, last, strict=True))
+
+
+def test_the_report_names_the_float_twin(unusual):
+    assert "| float twin |" in (unusual / "report" / "README.md").read_text()
+
+
+def test_images_that_do_not_fit_the_network_are_refused(trained):
+    from bitmixer_jax.data import load
+    from bitmixer_jax.errors import UserError
+
+    _, model, variables = load_trained(trained)
+    digits = load("digits", "test[:8]")
+    wide = digits.images.repeat(2, axis=1)
+    bad = type(digits)(**{**vars(digits), "images": wide})
+    evaluator = Evaluator(model, bad, digits.mean, digits.std)
+    with pytest.raises(UserError, match="images: shape"):
+        evaluator.top1(variables, [[4] * model.num_layers])
