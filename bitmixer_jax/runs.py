@@ -15,7 +15,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, evaluate
 from bitmixer_jax.levels import levels_used
 from bitmixer_jax.models import Network
-from bitmixer_jax.pairs import never_visited, recalibrate
+from bitmixer_jax.pairs import covering_policies, never_visited, recalibrate
 from bitmixer_jax.report import table, write_report
 from bitmixer_jax.training import Run, load_trained, train
 from bitmixer_jax.training.checkpoints import read_config
@@ -126,8 +126,6 @@ def _recalibrated(
     run: Run, model: Network, variables: Any, data_dir: str | None
 ) -> tuple[Any, list[str]]:
     """Variables with statistics for all pairs, and the pairs that had none, as text."""
-    from bitmixer_jax.pairs import covering_policies
-
     missing = never_visited(model, variables["batch_stats"], covering_policies(model))
     if not missing:
         print("recalibration: training visited every pair of widths; nothing to do")
