@@ -200,9 +200,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from bitmixer_jax.data import prepare
+    from bitmixer_jax.data import default_data_dir, prepare
 
-    print(f"ready: {prepare(arguments.name, arguments.source, arguments.data_dir)}")
+    data_dir = arguments.data_dir or default_data_dir()
+    print(f"ready: {prepare(arguments.name, arguments.source, data_dir)}")
     return 0
 
 

@@ -246,3 +246,12 @@ def test_help_does_not_import_jax(words):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_prepare_without_data_dir_uses_the_default_place(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITMIXER_DATA", str(tmp_path / "data"))
+    (tmp_path / "empty").mkdir()
+    done = command("prepare", "mnist", "--source", tmp_path / "empty")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert str(tmp_path / "empty") in done.stderr
