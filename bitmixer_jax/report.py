@@ -181,7 +181,7 @@ def plot_accuracy(
     axis.set_ylim(100 * min(lows) - 2, min(100, 100 * max([*lows, float_top1 or 0]) + 2))
     axis.set_ylabel("test accuracy (%)")
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="lower right")
+        figure.legend(loc="outside upper center", ncols=len(results) + 1)
     figure.savefig(path, dpi=120)
 
 
