@@ -1,0 +1,36 @@
+"""What the README shows runs."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from bitmixer_jax.cli import _parser
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+COMMANDS = re.findall(r"^    (bitmixer .*)$", README, re.M)
+
+
+def test_the_readme_shows_commands():
+    assert {line.split()[1] for line in COMMANDS} == {"train", "evaluate", "prepare", "benchmark"}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_each_command_is_understood(line):
+    _, rest = _parser().parse_known_args(shlex.split(line)[1:])
+    assert all(word.startswith("--config.") for word in rest)
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_each_link_leads_somewhere(path):
+    assert (pathlib.Path(__file__).parent.parent / path).exists()
+
+
+@pytest.mark.slow
+def test_the_python_example_compiles_once(capsys):
+    (example, _) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict = {}
+    exec(example, names)
+    assert capsys.readouterr().out.count("(8, 10)") == 3
+    assert names["run"]._cache_size() == 1
