@@ -1,4 +1,12 @@
-"""CIFAR-10 with a network sized for CPUs."""
+"""CIFAR-10 with a network sized for CPUs: 6 quantised layers, a stem of stride 2.
+
+    bitmixer train --config experiments/configs/cifar10_cpu.py:float --workdir runs/float-s0
+    bitmixer train --config experiments/configs/cifar10_cpu.py --workdir runs/tbn-s0 \\
+        --config.init_from=runs/float-s0
+
+On one CPU core 13 and 33 minutes. Expect 83.7% of the float twin, then 85.0 / 84.3 / 82.1% at
+4 / 3 / 2 bits and 83.8% in the mean of random policies (two seeds; experiments/README.md).
+"""
 
 from bitmixer_jax.training import default_config, float_config
 

@@ -1,4 +1,12 @@
-"""Digits (8x8, bundled with scikit-learn) with a small residual network: the demo."""
+"""Digits (8x8, bundled with scikit-learn) with a small residual network: the demo.
+
+    bitmixer train --config experiments/configs/digits.py:float --workdir runs/digits-float
+    bitmixer train --config experiments/configs/digits.py --workdir runs/digits \\
+        --config.init_from=runs/digits-float
+
+Half a minute on 2 CPU cores for the second. Expect 98-99% at each width and in the mean of random
+policies, and no random policy below 97% (three seeds; README).
+"""
 
 from bitmixer_jax.training import default_config, float_config
 
