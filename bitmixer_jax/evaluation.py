@@ -91,7 +91,7 @@ class Evaluator:
             layer, before, own = missing[0]
             raise UserError(
                 f"{len(missing)} pairs of widths were never visited in training, such as {before}->"
-                f"{own} bits at {layer}: their BN statistics are unknown; recalibrate them"
+                f"{own} bits at {layer}: their BN statistics are unknown; recalibrate them (--recalibrate)"
             )
         scores = []
         for policy in progress(policies):

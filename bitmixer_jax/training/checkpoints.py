@@ -202,7 +202,7 @@ class Checkpoints:
           step: which one.
 
         Returns:
-          a state like ``like``, or None if there is no checkpoint.
+          a state like ``like``, on the first device, or None if there is no checkpoint.
 
         Raises:
           UserError: it is damaged, not of this format, or of another network or optimiser.
@@ -215,7 +215,11 @@ class Checkpoints:
         if step not in steps:
             raise UserError(f"{path}: no such checkpoint; there are steps {steps}")
         args = self._ocp.args
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        # With a sharding of our own, a run may go on with other devices than it was saved from.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
+        )
         advice = f"Remove {path} to go back to the checkpoint before it"
         try:
             with _quiet_reads():

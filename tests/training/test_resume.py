@@ -129,3 +129,17 @@ def test_resumed_run_logs_each_step_once(trained, tiny, tmp_path):
     lines = (workdir / METRICS_FILE).read_text().splitlines()
     assert sum(line.startswith("{") and line.endswith("}") for line in lines) == len(lines) - 1
     assert json.loads(lines[-1])["kind"] == "evaluate"
+
+
+@pytest.mark.slow
+def test_run_saved_from_four_devices_goes_on_with_one(command, tiny_file, tmp_path, monkeypatch):
+    words = ["--config", tiny_file, "--config.order=('activations','weights')"]
+    words += ["--workdir", tmp_path / "run"]
+    with monkeypatch.context() as four:
+        four.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+        done = command("train", *words, "--config.report_random=0")
+        assert done.returncode == 0, done.stderr
+    done = command("evaluate", "--workdir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    done = command("train", *words)
+    assert "going on from step 8 of 8" in done.stdout
