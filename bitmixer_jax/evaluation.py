@@ -91,7 +91,8 @@ class Evaluator:
             layer, before, own = missing[0]
             raise UserError(
                 f"{len(missing)} pairs of widths were never visited in training, such as {before}->"
-                f"{own} bits at {layer}: their BN statistics are unknown; recalibrate them (--recalibrate)"
+                f"{own} bits at {layer}: their BN statistics are unknown; recalibrate them "
+                "(--recalibrate)"
             )
         scores = []
         for policy in progress(policies):
