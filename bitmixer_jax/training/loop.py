@@ -207,9 +207,8 @@ class _Trainer:
                 self.evaluate(state, number)
                 clock.restart()
             if time.monotonic() - self.saved_at > run.checkpoint_seconds or signals.received:
-                pending = self.log(
-                    pending, step, number, clock
-                )  # raises where a loss is not finite
+                # This raises where a loss is not finite, before such a state is saved.
+                pending = self.log(pending, step, number, clock)
                 self.save(state, number)
                 clock.restart()
             if signals.received:

@@ -30,12 +30,14 @@ class Plan:
     Attributes:
       run: the configuration.
       model: the network, as after the last stage.
-      steps_per_epoch: whole batches in the training data.
+      examples: number of training images.
+      steps_per_epoch: whole batches in them; each epoch leaves out another remainder.
       ends: step at which each stage ends.
     """
 
     run: Run
     model: Network
+    examples: int
     steps_per_epoch: int
     ends: tuple[int, ...]
 
@@ -51,8 +53,7 @@ class Plan:
     def rows(self, step: int) -> np.ndarray:
         """Which examples step ``step`` takes: int32 ``[B]``, a function of (seed, epoch) alone."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        size = self.steps_per_epoch * self.run.batch_size
-        order = _permutation(self.run.seed, epoch, size)
+        order = _permutation(self.run.seed, epoch, self.examples)
         return order[within * self.run.batch_size :][: self.run.batch_size]
 
     def state(self, params: Any, batch_stats: Any, stage: int, step: int) -> TrainState:
@@ -105,7 +106,7 @@ def make_plan(run: Run, model: Network, examples: int) -> Plan:
         raise UserError(f"config.batch_size = {run.batch_size}: more than the {examples} images")
     per_epoch = examples // run.batch_size
     lengths = [max(1, round(stage.epochs * per_epoch)) for stage in run.stages]
-    return Plan(run, model, per_epoch, tuple(int(end) for end in np.cumsum(lengths)))
+    return Plan(run, model, examples, per_epoch, tuple(int(end) for end in np.cumsum(lengths)))
 
 
 def initial_state(plan: Plan, train: Dataset) -> TrainState:

@@ -76,3 +76,14 @@ def test_images_that_do_not_fit_the_network_are_refused(trained):
     evaluator = Evaluator(model, bad, digits.mean, digits.std)
     with pytest.raises(UserError, match="images: shape"):
         evaluator.top1(variables, [[4] * model.num_layers])
+
+
+def test_every_example_is_drawn_over_the_epochs_and_none_twice_in_one(tiny):
+    from bitmixer_jax.training.config import read
+
+    run = read(tiny())
+    plan = make_plan(run, run.build(10, (8, 8, 1)), 150)  # two batches of 64, 22 images over
+    epochs = [np.concatenate([plan.rows(2 * e), plan.rows(2 * e + 1)]) for e in range(30)]
+    assert all(len(set(rows.tolist())) == 128 for rows in epochs)
+    assert set(np.concatenate(epochs).tolist()) == set(range(150))
+    np.testing.assert_array_equal(epochs[0][:64], plan.rows(0))
