@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import json
 import math
 import pathlib
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import write_new
 
 POLICY_FORMAT = "bitmixer-policy"
 POLICY_VERSION = 1
@@ -257,16 +259,7 @@ def save_policy(
         "layers": {name: int(width) for name, width in zip(names, widths, strict=True)},
         **notes,
     }
-    text = json.dumps(content, indent=2) + "\n"
-    path = pathlib.Path(path)
-    try:
-        if path.exists() and path.read_bytes() != text.encode() and not overwrite:
-            raise UserError(
-                f"{path}: a file is there already; take another name or ask to overwrite"
-            )
-        path.write_text(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror})") from None
+    write_new(path, json.dumps(content, indent=2) + "\n", overwrite=overwrite)
 
 
 def load_policy(path: str | pathlib.Path, names: Sequence[str], space: BitSpace) -> np.ndarray:
@@ -310,6 +303,50 @@ def load_policy(path: str | pathlib.Path, names: Sequence[str], space: BitSpace)
         return space.check(widths, len(names))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def with_widths(
+    policy: Any, changes: Mapping[str, int], names: Sequence[str], space: BitSpace
+) -> np.ndarray:
+    """The policy with the widths of some layers changed: int32 ``[L]``.
+
+    Args:
+      policy: ``[L]`` widths.
+      changes: width by layer name; a name may hold wildcards (``*``, ``?``, ``[12]``), as in
+        ``{"stage2.*.conv1": 2}``. Later entries override earlier ones.
+      names: ``[L]`` layer names, from ``model.layers``.
+
+    Raises:
+      UserError: a name or pattern that no layer has, or a width that is not among the choices.
+    """
+    widths = space.check(policy, len(names)).copy()
+    for pattern, width in changes.items():
+        places = [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
+        if not places:
+            hint = closest(pattern, names) or f" (they are {names[0]}, ..., {names[-1]})"
+            raise UserError(f"policy: no layer is called {pattern!r}{hint}")
+        if type(width) is not int or width not in space.choices:
+            raise UserError(
+                f"policy: {pattern}={width!r}; choose a width from {space.choices}"
+            )
+        widths[places] = width
+    return widths
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, int]:
+    """Reads what a person types to change widths, ``["stage2.*=2", "last=4"]``, for `with_widths`.
+
+    Raises:
+      UserError: not LAYER=WIDTH.
+    """
+    changes: dict[str, int] = {}
+    for text in texts:
+        name, equals, width = text.rpartition("=")
+        if not (name and equals and width.isdecimal()):
+            raise UserError(f"--set {text}: write LAYER=WIDTH, such as stage2.block1.conv1=2")
+        changes.pop(name, None)  # of two for one name, the later counts, in its place
+        changes[name] = int(width)
+    return changes
 
 
 def parse_policy(text: str, names: Sequence[str], space: BitSpace) -> np.ndarray:

@@ -162,7 +162,7 @@ class Checkpoints:
             return
         args = self._ocp.args
         nested = _nested(state)
-        own = {"format": FORMAT, "step": step, "sha256": _digest(nested)}
+        own = {"format": FORMAT, "step": step, "sha256": digest(nested)}
         with self._disk_errors():
             self._manager.save(
                 step,
@@ -252,7 +252,7 @@ class Checkpoints:
         except Exception as error:
             raise UserError(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
         # Array files carry no checksum of their own.
-        if notes.get("sha256") != _digest(restored):
+        if notes.get("sha256") != digest(restored):
             raise UserError(
                 f"{path}: damaged checkpoint (the values are not those that were saved). {advice}"
             )
@@ -282,7 +282,7 @@ def _nested(tree: Any) -> Any:
     return traverse_util.unflatten_dict({_names(path): leaf for path, leaf in leaves})
 
 
-def _digest(tree: Any) -> str:
+def digest(tree: Any) -> str:
     """SHA-256 of the names, dtypes, shapes and values of a tree of arrays."""
     found = hashlib.sha256()
     for name, leaf in sorted(

@@ -1,0 +1,173 @@
+"""Pareto fronts: the policies that no other beats in both accuracy and cost, and their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import write_new
+
+FRONT_FORMAT = "bitmixer-front"
+FRONT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One policy of a front.
+
+    Attributes:
+      widths: ``[L]`` bits.
+      cost: in the unit of the front.
+      loss: mean cross-entropy (nats) on the images of the search.
+      top1: accuracy on them, 0..1.
+      test_top1: accuracy on test data, 0..1, where it was measured.
+    """
+
+    widths: tuple[int, ...]
+    cost: float
+    loss: float
+    top1: float
+    test_top1: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Front:
+    """Policies of a network by ascending cost and descending loss, none beaten in both.
+
+    Attributes:
+      points: at least one.
+      names: ``[L]`` layer names.
+      choices: widths of the network.
+      cost: what is meant by cost, such as "bitops" (a key of `cost.costs`).
+      unit: of the cost.
+      network: digest of the weights that were evaluated (`checkpoints.digest`).
+      notes: further JSON values kept in the file: method, seed, images, ...
+    """
+
+    points: tuple[Point, ...]
+    names: tuple[str, ...]
+    choices: tuple[int, ...]
+    cost: str
+    unit: str
+    network: str
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def best(self, budget: float) -> Point | None:
+        """The best point that costs at most ``budget``; None if all cost more."""
+        fitting = [point for point in self.points if point.cost <= budget]
+        return fitting[-1] if fitting else None
+
+    def save(self, path: str | pathlib.Path, *, overwrite: bool = False) -> None:
+        """Writes a front file (JSON).
+
+        Raises:
+          UserError: the file is there with other content and ``overwrite`` is false, or it cannot
+            be written.
+        """
+        content = {
+            "format": FRONT_FORMAT,
+            "version": FRONT_VERSION,
+            "network": self.network,
+            "cost": self.cost,
+            "unit": self.unit,
+            "choices": list(self.choices),
+            "layers": list(self.names),
+            "points": [dataclasses.asdict(point) for point in self.points],
+            **self.notes,
+        }
+        write_new(path, json.dumps(content, indent=1) + "\n", overwrite=overwrite)
+
+
+def pareto(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Which points no other beats: indices by ascending cost, of strictly descending loss.
+
+    Args:
+      costs, losses: ``[M]``, both better when smaller. Of equal points the first is kept.
+    """
+    order = np.lexsort((np.arange(len(costs)), losses, costs))
+    kept: list[int] = []
+    for i in order:
+        if not kept or losses[i] < losses[kept[-1]]:
+            kept.append(int(i))
+    return np.asarray(kept, np.int64)
+
+
+def load_front(
+    path: str | pathlib.Path,
+    names: Sequence[str],
+    space: BitSpace,
+    network: str | None = None,
+) -> Front:
+    """Reads a front file made for the network whose layers are called ``names``.
+
+    Args:
+      network: digest of the weights that will run; None accepts a front of other weights.
+
+    Raises:
+      UserError: the file is missing, not a front, empty, damaged, or of another network.
+    """
+    path = pathlib.Path(path)
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such front file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a front file ({error})") from None
+    if not isinstance(content, Mapping) or content.get("format") != FRONT_FORMAT:
+        raise UserError(f'{path}: not a front file ("format" must be "{FRONT_FORMAT}")')
+    if content.get("version") != FRONT_VERSION:
+        raise UserError(
+            f"{path}: front version {content.get('version')!r}; this library reads {FRONT_VERSION}"
+        )
+    for key, mine in (("choices", list(space.choices)), ("layers", list(names))):
+        if content.get(key) != mine:
+            raise UserError(f"{path}: a front of another network: its {key} differ")
+    if network is not None and content.get("network") != network:
+        raise UserError(
+            f"{path}: a front of other weights of this network (retrained since?); search again"
+        )
+    try:
+        points = tuple(_point(entry) for entry in content["points"])
+        text = {key: content[key] for key in ("cost", "unit", "network")}
+        if not all(isinstance(value, str) for value in text.values()):
+            raise TypeError("cost, unit and network must be text")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged front file ({error})") from None
+    if not points:
+        raise UserError(f"{path}: an empty front; search again")
+    for point in points:
+        try:
+            space.check(np.asarray(point.widths), len(names))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    kept = pareto(np.asarray([p.cost for p in points]), np.asarray([p.loss for p in points]))
+    if kept.tolist() != list(range(len(points))):
+        raise UserError(f"{path}: damaged front file (points out of order, or beaten by others)")
+    known = {"format", "version", "choices", "layers", "points", *text}
+    notes = {key: value for key, value in content.items() if key not in known}
+    return Front(
+        points=points, names=tuple(names), choices=space.choices, notes=notes, **text
+    )
+
+
+def _point(entry: Mapping[str, Any]) -> Point:
+    """Reads a point; raises TypeError, ValueError or KeyError where it is none."""
+    if set(entry) != {field.name for field in dataclasses.fields(Point)}:
+        raise ValueError(f"a point has the fields {', '.join(sorted(map(str, entry)))}")
+    widths = entry["widths"]
+    if not isinstance(widths, list) or not all(type(w) is int for w in widths):
+        raise ValueError("widths must be whole numbers")
+    numbers = [entry[key] for key in ("cost", "loss", "top1")]
+    if entry["test_top1"] is not None:
+        numbers.append(entry["test_top1"])
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+        raise ValueError("cost, loss and accuracy must be finite numbers")
+    return Point(**{**entry, "widths": tuple(widths)})
