@@ -323,14 +323,23 @@ def with_widths(
     for pattern, width in changes.items():
         places = [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
         if not places:
-            hint = closest(pattern, names) or f" (they are {names[0]}, ..., {names[-1]})"
+            hint = closest(pattern, _patterns(names)) or f" (they are {names[0]}, ..., {names[-1]})"
             raise UserError(f"policy: no layer is called {pattern!r}{hint}")
         if type(width) is not int or width not in space.choices:
-            raise UserError(
-                f"policy: {pattern}={width!r}; choose a width from {space.choices}"
-            )
+            raise UserError(f"policy: {pattern}={width!r}; choose a width from {space.choices}")
         widths[places] = width
     return widths
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    """The names, and "stage2.*" or "*.conv1" of each of their parts: what a person may mean."""
+    found = dict.fromkeys(names)
+    for name in names:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            found[".".join([*parts[:i], "*"])] = None
+            found[".".join(["*", *parts[i:]])] = None
+    return list(found)
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The command line: ``bitmixer train | evaluate | prepare | benchmark``.
+"""The command line: ``bitmixer train | evaluate | cost | search | front | prepare | benchmark``.
 
 Exit status: 0; 2 for a user's mistake (one line on standard error); 143 after SIGTERM and 130
 after an interrupt, once the state is saved. Heavy imports wait until a command runs.
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--policy", help="a width (3), one per layer (4,3,2,...), or a policy file"
     )
+    _add_set(evaluate)
     evaluate.add_argument(
         "--random", type=_whole, default=0, metavar="N", help="number of random policies"
     )
@@ -90,6 +91,56 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--json", type=pathlib.Path, metavar="FILE", help="write the result there"
     )
+
+    cost = command(
+        "cost",
+        _cost,
+        "what a policy costs; change the widths of some layers",
+        "bitmixer cost --workdir runs/digits --policy 4 --set 'stage3.*=2' --out policy.json",
+    )
+    whose = cost.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--workdir", metavar="DIR", help="folder of a run")
+    whose.add_argument("--model", help="name of a network for ImageNet or CIFAR, such as resnet18")
+    cost.add_argument("--policy", help="as of evaluate (default: the widest width)")
+    _add_set(cost)
+    _add_latency(cost)
+    _add_out(cost, "write the policy there", required=False)
+
+    search = command(
+        "search",
+        _search,
+        "find the best policy within a budget",
+        "bitmixer search --workdir runs/digits --method greedy --budget avg_bits=3 "
+        "--out policy.json",
+    )
+    _add_search(search)
+    search.add_argument(
+        "--budget",
+        required=True,
+        action="append",
+        metavar="COST=MOST",
+        help="avg_bits=3, bitops=60%% (of the widest), bytes=40000, ...; repeat to combine",
+    )
+    _add_out(search, "the policy file to write")
+
+    front = command(
+        "front",
+        _front,
+        "find the best policies over the whole range of a cost, and plot them",
+        "bitmixer front --workdir runs/digits --method evolution --cost bitops --out runs/front",
+    )
+    _add_search(front)
+    front.add_argument(
+        "--cost", default="bitops", help="avg_bits, bitops (default), bytes, latency_ms, ..."
+    )
+    front.add_argument(
+        "--random",
+        type=_whole,
+        default=100,
+        metavar="N",
+        help="random policies to draw beside it (default 100)",
+    )
+    _add_out(front, "folder for front.json, front.png and widths.png")
 
     prepare = command(
         "prepare",
@@ -125,6 +176,64 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=pathlib.Path, metavar="FILE", help="write the result there"
     )
     return parser
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="LAYER=WIDTH",
+        help="change a layer of --policy, such as stage2.block1.conv1=2 or 'stage2.*=2' "
+        "(repeatable)",
+    )
+
+
+def _add_latency(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--latency", type=pathlib.Path, metavar="FILE", help="measured seconds by layer and width"
+    )
+
+
+def _add_out(command: argparse.ArgumentParser, help: str, required: bool = True) -> None:
+    command.add_argument("--out", required=required, type=pathlib.Path, help=help)
+    command.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workdir", required=True, metavar="DIR[@STAGE]", help="folder of a trained run"
+    )
+    command.add_argument(
+        "--method", default="greedy", help="greedy (default), ilp, evolution or random"
+    )
+    command.add_argument(
+        "--seed", type=_whole, default=0, help="of the images and of the method (default 0)"
+    )
+    command.add_argument(
+        "--evaluations",
+        type=_whole,
+        default=512,
+        metavar="N",
+        help="policies that evolution and random evaluate (default 512)",
+    )
+    command.add_argument(
+        "--sensitivity",
+        default="measured",
+        help="for ilp: measured (default), or hessian: from second derivatives",
+    )
+    command.add_argument(
+        "--images",
+        type=_whole,
+        default=2000,
+        metavar="N",
+        help="images that score a policy (default 2000)",
+    )
+    command.add_argument(
+        "--split", default="", help="their split (default: what training left out, if anything)"
+    )
+    command.add_argument("--data_dir", help="where the data are, if not where training found them")
+    _add_latency(command)
 
 
 def _whole(text: str) -> int:
@@ -175,10 +284,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from bitmixer_jax.report import table
     from bitmixer_jax.runs import evaluate_workdir
 
-    _check_output(arguments.json)
+    _check_json(arguments.json)
     result = evaluate_workdir(
         arguments.workdir,
         policy=arguments.policy,
+        changes=arguments.set,
         random=arguments.random,
         seed=arguments.seed,
         uniform=not arguments.no_uniform,
@@ -199,6 +309,73 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _cost(arguments: argparse.Namespace) -> int:
+    from bitmixer_jax.cost import costs, describe
+    from bitmixer_jax.runs import choose_policy, network_of
+
+    if arguments.out is not None:
+        from bitmixer_jax.files import check_free
+
+        check_free(arguments.out, arguments.overwrite)
+    model = network_of(arguments.workdir, arguments.model)
+    text = arguments.policy or str(model.space.widest)
+    policy = choose_policy(model, text, arguments.set)
+    print(f"policy {','.join(map(str, policy))}")
+    _print_markdown(describe(model, policy, costs(model, arguments.latency)))
+    if arguments.out is not None:
+        from bitmixer_jax.bits import save_policy
+
+        save_policy(arguments.out, policy, model.names, model.space, overwrite=arguments.overwrite)
+        print(f"written: {arguments.out}")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> Any:
+    from bitmixer_jax.search.workdir import Settings
+
+    return Settings(
+        method=arguments.method,
+        seed=arguments.seed,
+        evaluations=arguments.evaluations,
+        sensitivity=arguments.sensitivity,
+        images=arguments.images,
+        split=arguments.split,
+        data_dir=arguments.data_dir,
+        latency=arguments.latency,
+    )
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    from bitmixer_jax.search.workdir import search_workdir
+
+    lines = search_workdir(
+        arguments.workdir,
+        arguments.budget,
+        arguments.out,
+        _settings(arguments),
+        overwrite=arguments.overwrite,
+    )
+    _print_markdown(lines)
+    print(f"policy: {arguments.out}")
+    return 0
+
+
+def _front(arguments: argparse.Namespace) -> int:
+    from bitmixer_jax.search.workdir import front_workdir
+
+    lines = front_workdir(
+        arguments.workdir,
+        arguments.cost,
+        arguments.out,
+        _settings(arguments),
+        random=arguments.random,
+        overwrite=arguments.overwrite,
+    )
+    _print_markdown(lines)
+    print(f"front and plots: {arguments.out}")
+    return 0
+
+
 def _prepare(arguments: argparse.Namespace) -> int:
     from bitmixer_jax.data import default_data_dir, prepare
 
@@ -210,7 +387,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _benchmark(arguments: argparse.Namespace) -> int:
     from bitmixer_jax.benchmark import benchmark, describe
 
-    _check_output(arguments.json)
+    _check_json(arguments.json)
     result = benchmark(
         arguments.model,
         batch_size=arguments.batch_size,
@@ -229,16 +406,11 @@ def _print_markdown(lines: list[str]) -> None:
     Console().print(Markdown("\n".join(lines)))
 
 
-def _check_output(path: pathlib.Path | None) -> None:
-    """Says before the work, not after it, that the result could not be written."""
-    from bitmixer_jax.errors import UserError
+def _check_json(path: pathlib.Path | None) -> None:
+    if path is not None:
+        from bitmixer_jax.files import check_new
 
-    if path is None:
-        return
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise UserError(f"--json {path}: cannot write in {path.parent}")
-    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
-        raise UserError(f"--json {path}: cannot write to it; name a file")
+        check_new(path, "--json")
 
 
 def _write_json(path: pathlib.Path | None, result: Any) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bitmixer_jax.bits import sample_random
 from bitmixer_jax.data import Dataset, normalize
@@ -16,10 +17,24 @@ from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import never_visited
 
 
-class Evaluator:
-    """Counts right answers of a network on a data set, for any policy, with one compilation.
+class Scores(NamedTuple):
+    """How well policies do: float64 ``[M]`` each.
 
-    The images stay on the devices, an equal part on each. ``traces`` counts compilations.
+    Attributes:
+      top1: accuracy, 0..1.
+      loss: mean cross-entropy, nats.
+    """
+
+    top1: np.ndarray
+    loss: np.ndarray
+
+
+class Evaluator:
+    """Scores a network on a data set under any policies, with one compilation.
+
+    The images stay on the devices, an equal part on each. One call of the compiled programme runs
+    up to ``policies`` of them over one batch: how many is data, as they are. ``traces`` counts
+    compilations.
     """
 
     def __init__(
@@ -30,16 +45,19 @@ class Evaluator:
         std: Any,
         devices: Sequence[jax.Device] | None = None,
         batch_size: int = 500,
+        policies: int = 16,
     ):
         """Places the images.
 
         Args:
           mean, std: ``[C]`` of the training data, in units of 0..255.
           batch_size: images per device and call; the last batch is padded.
+          policies: most that one call runs.
         """
         self.model = model
         self.examples = len(data)
         self.traces = 0
+        self._policies = policies
         devices = list(devices or jax.local_devices())
         size = min(batch_size, -(-len(data) // len(devices)))
         batches = -(-len(data) // (size * len(devices)))
@@ -56,27 +74,48 @@ class Evaluator:
             )
         ]
 
-        def count(variables: Any, images: jax.Array, labels: jax.Array, bits: Any) -> jax.Array:
+        def score(
+            variables: Any, images: jax.Array, labels: jax.Array, policies: Any, number: Any
+        ) -> tuple[jax.Array, jax.Array]:
+            """Right answers int32 and summed losses float32, ``[K]`` each, of the first ``number``.
+
+            A loop, not vmap: with kernels that differ, XLA makes vmap a grouped convolution, which
+            took 7 to 12 times as long on CPU.
+            """
             self.traces += 1
             x = normalize(images, mean, std)
-            logits: Any = model.apply(variables, x, bits=bits, train=False)
-            right = jnp.sum(jnp.argmax(logits, -1) == labels)
-            # argmax of NaN is a class, too: a broken network must not score by chance.
-            return jnp.where(jnp.isfinite(logits).all(), right, -1)
 
-        self._count: Callable[..., jax.Array] = jax.pmap(
-            count, in_axes=(None, 0, 0, None), devices=devices
+            def body(i: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                logits: Any = model.apply(variables, x, bits=policies[i], train=False)
+                right = jnp.sum(jnp.argmax(logits, -1) == labels)
+                # argmax of NaN is a class, too: a broken network must not score by chance.
+                right = jnp.where(jnp.isfinite(logits).all(), right, -1)
+                loss = optax.softmax_cross_entropy_with_integer_labels(
+                    logits, jnp.maximum(labels, 0), where=labels >= 0
+                )
+                return sums[0].at[i].set(right), sums[1].at[i].set(loss.sum())
+
+            size = policies.shape[0]
+            nothing = (jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.float32))
+            return jax.lax.fori_loop(0, number, body, nothing)
+
+        self._score: Callable[..., tuple[jax.Array, jax.Array]] = jax.pmap(
+            score, in_axes=(None, 0, 0, None, None), devices=devices
         )
 
     def top1(
         self, variables: Any, policies: Any, progress: Callable[..., Any] = iter
     ) -> np.ndarray:
-        """Accuracy of each policy: float64 ``[M]`` in 0..1.
+        """Accuracy of each policy: float64 ``[M]`` in 0..1. Arguments and errors as `scores`."""
+        return self.scores(variables, policies, progress).top1
+
+    def scores(self, variables: Any, policies: Any, progress: Callable[..., Any] = iter) -> Scores:
+        """Accuracy and loss of each policy.
 
         Args:
           variables: of the network.
           policies: int32 ``[M, L]``.
-          progress: wraps the iterable of policies, to show how far it is.
+          progress: wraps the list of calls to make, to show how far it is.
 
         Raises:
           UserError: a policy does not fit, needs BN statistics that no step has seen
@@ -94,16 +133,31 @@ class Evaluator:
                 f"{own} bits at {layer}: their BN statistics are unknown; recalibrate them "
                 "(--recalibrate)"
             )
-        scores = []
-        for policy in progress(policies):
-            counts = [self._count(variables, i, y, policy) for i, y in self._batches]
-            right = np.concatenate([np.asarray(c) for c in counts])
-            if (right < 0).any():
+        right = np.zeros(len(policies), np.int64)
+        loss = np.zeros(len(policies), np.float64)
+        most = self._policies
+        calls = [
+            (start, batch)
+            for start in range(0, len(policies), most)
+            for batch in range(len(self._batches))
+        ]
+        for start, batch in progress(calls):
+            rows = policies[start : start + most]
+            padded = np.concatenate([rows, np.repeat(rows[:1], most - len(rows), axis=0)])
+            counts, losses = self._score(
+                variables, *self._batches[batch], padded, np.int32(len(rows))
+            )
+            # Gathered over devices: [D, K].
+            found = np.asarray(counts)[:, : len(rows)]
+            broken = np.flatnonzero((found < 0).any(0))
+            if len(broken):
                 raise UserError(
-                    f"policy {policy.tolist()}: the logits are not finite; this network is broken"
+                    f"policy {rows[broken[0]].tolist()}: the logits are not finite; "
+                    "this network is broken"
                 )
-            scores.append(right.sum() / self.examples)
-        return np.asarray(scores)
+            right[start : start + most] += found.sum(0)
+            loss[start : start + most] += np.asarray(losses, np.float64)[:, : len(rows)].sum(0)
+        return Scores(right / self.examples, loss / self.examples)
 
 
 def _shard(array: np.ndarray, devices: Sequence[jax.Device]) -> jax.Array:

@@ -8,9 +8,7 @@ import pathlib
 from bitmixer_jax.errors import UserError
 
 
-def write_new(
-    path: str | pathlib.Path, content: str | bytes, *, overwrite: bool = False
-) -> None:
+def write_new(path: str | pathlib.Path, content: str | bytes, *, overwrite: bool = False) -> None:
     """Writes a file whole or not at all; the same content again is no change.
 
     Raises:
@@ -50,3 +48,10 @@ def check_new(path: pathlib.Path, what: str = "") -> None:
         raise UserError(f"{named}: cannot write in {path.parent}")
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
         raise UserError(f"{named}: cannot write to it; name a file")
+
+
+def check_free(path: pathlib.Path, overwrite: bool = False, what: str = "--out") -> None:
+    """Says before the work that a file could not be written or is there. As `check_new`."""
+    check_new(path, what)
+    if path.exists() and not overwrite:
+        raise UserError(f"{what} {path}: a file is there already; name another, or --overwrite")

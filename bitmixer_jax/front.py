@@ -153,9 +153,7 @@ def load_front(
         raise UserError(f"{path}: damaged front file (points out of order, or beaten by others)")
     known = {"format", "version", "choices", "layers", "points", *text}
     notes = {key: value for key, value in content.items() if key not in known}
-    return Front(
-        points=points, names=tuple(names), choices=space.choices, notes=notes, **text
-    )
+    return Front(points=points, names=tuple(names), choices=space.choices, notes=notes, **text)
 
 
 def _point(entry: Mapping[str, Any]) -> Point:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,8 @@ import numpy as np
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
+from bitmixer_jax.plotting import COLORS, new_figure, short_names
 from bitmixer_jax.training.metrics import read_metrics
-
-_COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2")
 
 
 def write_report(
@@ -105,21 +104,13 @@ def table(result: Mapping[str, Any], float_top1: float | None = None) -> list[st
     return rows
 
 
-def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
-    """A figure that needs no screen and leaves pyplot's state alone."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, 1, sharex=True)
-
-
 def plot_curves(path: pathlib.Path, workdir: pathlib.Path) -> None:
     """Training loss, and test accuracy by protocol, over epochs; the stages are shaded."""
     train, test = read_metrics(workdir, "train"), read_metrics(workdir, "evaluate")
-    figure, (top, bottom) = _figure(8, 6, rows=2)
+    figure, (top, bottom) = new_figure(8, 6, rows=2)
     epoch_of = {record["step"]: record["epoch"] for record in train}
     per_epoch = max((s / e for s, e in epoch_of.items() if e), default=1.0)
-    top.plot([r["epoch"] for r in train], [r["loss"] for r in train], color=_COLORS[0])
+    top.plot([r["epoch"] for r in train], [r["loss"] for r in train], color=COLORS[0])
     top.set(ylabel="training loss (nats)", yscale="log")
     series: dict[str, list[tuple[float, float]]] = {}
     for record in test:
@@ -130,7 +121,7 @@ def plot_curves(path: pathlib.Path, workdir: pathlib.Path) -> None:
             series.setdefault(f"{width} bits", []).append((at, top1))
         if "random" in record:
             series.setdefault("random (mean)", []).append((at, record["random"]["mean"]))
-    for color, (name, points) in zip(_COLORS * 3, series.items(), strict=False):
+    for color, (name, points) in zip(COLORS * 3, series.items(), strict=False):
         x, y = zip(*points, strict=True)
         bottom.plot(x, [100 * v for v in y], marker="o", ms=3, label=name, color=color)
     bottom.set(xlabel="epoch", ylabel="test accuracy (%)")
@@ -155,11 +146,11 @@ def plot_accuracy(
     Args:
       results: evaluations to compare, by name (one, or several arms of an experiment).
     """
-    figure, axis = _figure(7, 4.2)
+    figure, axis = new_figure(7, 4.2)
     widths = list(next(iter(results.values()))["uniform"])
     rng = np.random.default_rng(0)
     for i, (name, result) in enumerate(results.items()):
-        color, shift = _COLORS[i % len(_COLORS)], 0.8 * ((i + 0.5) / len(results) - 0.5)
+        color, shift = COLORS[i % len(COLORS)], 0.8 * ((i + 0.5) / len(results) - 0.5)
         spots = np.arange(len(widths)) + shift
         top1 = [100 * result["uniform"][w] for w in widths]
         axis.bar(spots, top1, 0.7 / len(results), color=color, alpha=0.8, label=name or None)
@@ -199,7 +190,7 @@ def plot_visits(path: pathlib.Path, model: Network, batch_stats: Mapping[str, An
                 counts[row, i * (space.n + 1)] = count[0, i]
         else:
             counts[row] = count.ravel()
-    figure, axis = _figure(1.5 + 0.62 * len(pairs), 1.6 + 0.3 * model.num_layers)
+    figure, axis = new_figure(1.5 + 0.62 * len(pairs), 1.6 + 0.3 * model.num_layers)
     axis.set_facecolor("0.9")
     shown = np.where(counts == 0, np.nan, counts)
     if np.isfinite(shown).any():
@@ -219,10 +210,6 @@ def plot_visits(path: pathlib.Path, model: Network, batch_stats: Mapping[str, An
                 bbox=dict(boxstyle="round,pad=0.1", fc="black", ec="none", alpha=0.35),
             )
     axis.set_xticks(range(len(pairs)), [f"{p}\u2192{c}" for p, c in pairs])
-    axis.set_yticks(range(model.num_layers), _short(model.names), fontsize=8)
+    axis.set_yticks(range(model.num_layers), short_names(model.names), fontsize=8)
     axis.set_xlabel("width of the layer before \u2192 own width (bits)")
     figure.savefig(path, dpi=120)
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    return [name.replace("stage", "s").replace(".block", ".b") for name in names]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax import data as datasets
-from bitmixer_jax.bits import parse_policy
+from bitmixer_jax.bits import parse_changes, parse_policy, with_widths
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, evaluate
 from bitmixer_jax.levels import levels_used
-from bitmixer_jax.models import Network
+from bitmixer_jax.models import Network, create_model
 from bitmixer_jax.pairs import covering_policies, never_visited, recalibrate
 from bitmixer_jax.report import table, write_report
 from bitmixer_jax.training import Run, load_trained, train
@@ -51,6 +51,7 @@ def evaluate_workdir(
     workdir: str,
     *,
     policy: str | None = None,
+    changes: Sequence[str] = (),
     random: int = 0,
     seed: int = 0,
     uniform: bool = True,
@@ -63,6 +64,7 @@ def evaluate_workdir(
     Args:
       workdir: WORKDIR or WORKDIR@STAGE.
       policy: as `bits.parse_policy` reads it.
+      changes: to that policy, as `bits.parse_changes` reads them.
       random, seed, uniform: see `evaluation.evaluate`.
       data_dir: instead of the one that training used.
       recalibrate_unvisited: estimate the BN statistics of pairs that training never visited; says
@@ -74,8 +76,10 @@ def evaluate_workdir(
     """
     run, model, variables = load_trained(workdir)
     chosen = None
+    if changes and policy is None:
+        raise UserError("--set changes a policy: give one, such as --policy 4")
     if policy is not None:
-        chosen = parse_policy(policy, model.names, model.space)
+        chosen = choose_policy(model, policy, changes)
     if model.quant.space is None and (random or recalibrate_unvisited or count_levels):
         raise UserError(f"{workdir}: a float twin has no widths to draw, recalibrate or count")
     recalibrated: list[str] = []
@@ -98,6 +102,21 @@ def evaluate_workdir(
         some = datasets.normalize(jnp.asarray(images.images[:256]), images.mean, images.std)
         result["levels"] = levels_used(model, variables, some)
     return result
+
+
+def choose_policy(model: Network, policy: str, changes: Sequence[str] = ()) -> np.ndarray:
+    """The policy int32 ``[L]`` that a person typed: `bits.parse_policy`, `bits.parse_changes`."""
+    widths = parse_policy(policy, model.names, model.space)
+    return with_widths(widths, parse_changes(changes), model.names, model.space)
+
+
+def network_of(workdir: str | None, name: str | None) -> Network:
+    """The network of a workdir; or the one called ``name``, with its usual number of classes."""
+    if workdir is not None:
+        return load_trained(workdir)[1]
+    assert name is not None
+    model = create_model(name, num_classes=10)
+    return model if model.image_shape[0] == 32 else create_model(name, num_classes=1000)
 
 
 def _evaluate(

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bitmixer_jax.layer_table import LayerInfo, conv_info
+from bitmixer_jax.layer_table import KernelInfo, LayerInfo, conv_info
 from bitmixer_jax.models.network import Network
 
 # (expansion, channels, blocks, strides) of each stage: table 2 of the paper.
@@ -36,17 +36,22 @@ class MobileNetV2(Network):
     stem_strides: int = 2
 
     @property
+    def stem_conv(self) -> KernelInfo:
+        """See Network.stem_conv."""
+        features = _channels(32, self.multiplier)
+        return conv_info("conv", self.image_shape, features, 3, self.stem_strides)
+
+    @property
     def layers(self) -> tuple[LayerInfo, ...]:
         """See Network.layers."""
-        return _layers(self.image_shape, self.multiplier, self.stem_strides)
+        return _layers(self.stem_conv.output, self.multiplier)
 
     @nn.compact
     def __call__(self, images: jax.Array, bits: Any = None, train: bool = False) -> jax.Array:
         """Returns logits float32 ``[N, num_classes]``; arguments and errors as in ResNet."""
         self.check_images(images)
         indices, valid = self.indices(bits)
-        stem = self.stem(images, _channels(32, self.multiplier), 3, self.stem_strides, train)
-        x = nn.relu6(stem)
+        x = nn.relu6(self.stem(images, train))
         for _, block in itertools.groupby(self.layers, key=lambda layer: layer.block):
             y = x
             for layer in block:
@@ -64,10 +69,8 @@ def _channels(channels: int, multiplier: float) -> int:
 
 
 @functools.cache
-def _layers(
-    image_shape: tuple[int, int, int], multiplier: float, stem_strides: int
-) -> tuple[LayerInfo, ...]:
-    shape = conv_info("conv", image_shape, _channels(32, multiplier), 3, stem_strides).output
+def _layers(shape: tuple[int, int, int], multiplier: float) -> tuple[LayerInfo, ...]:
+    """The table of a network whose stem gives ``shape``."""
     layers: list[LayerInfo] = []
 
     def add(name: str, block: int, features: int, kernel: int, strides: int, signed: bool) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.layer_table import LayerInfo, conv_info
+from bitmixer_jax.layer_table import KernelInfo, LayerInfo
 from bitmixer_jax.layers import (
     QuantActivation,
     QuantDense,
@@ -42,6 +42,29 @@ class Network(nn.Module):
     def layers(self) -> tuple[LayerInfo, ...]:
         """One LayerInfo per quantised layer, in the order in which data meets them."""
         raise NotImplementedError("each model family describes its layers")
+
+    @property
+    def stem_conv(self) -> KernelInfo:
+        """The first convolution, which has no width of its own."""
+        raise NotImplementedError("each model family describes its stem")
+
+    @property
+    def stem_info(self) -> LayerInfo:
+        """The stem as a layer: it is described as the others are, but is not in the table."""
+        return LayerInfo(
+            name="stem",
+            kind="conv",
+            kernels=(self.stem_conv,),
+            previous=-1,
+            block=-1,
+            signed=True,  # normalised images
+            input=self.image_shape,
+        )
+
+    @property
+    def features(self) -> int:
+        """Inputs of the head, after pooling."""
+        return self.layers[-1].kernels[0].output[-1]
 
     @property
     def num_layers(self) -> int:
@@ -146,25 +169,9 @@ class Network(nn.Module):
         previous = indices[info.previous] if info.previous >= 0 else 0
         return QuantLayer(info, self.quant, name=info.name)(x, previous, indices[place], train)
 
-    def stem(
-        self,
-        images: jax.Array,
-        features: int,
-        kernel: int,
-        strides: int,
-        train: bool,
-    ) -> jax.Array:
+    def stem(self, images: jax.Array, train: bool) -> jax.Array:
         """First convolution and its norm, real-valued or at 8 bits. Call it in a compact method."""
-        info = LayerInfo(
-            name="stem",
-            kind="conv",
-            kernels=(conv_info("conv", self.image_shape, features, kernel, strides),),
-            previous=-1,
-            block=-1,
-            signed=True,  # normalised images
-            input=self.image_shape,
-        )
-        return QuantLayer(info, self.end_quant(), name="stem")(images, 0, 0, train)[0]
+        return QuantLayer(self.stem_info, self.end_quant(), name="stem")(images, 0, 0, train)[0]
 
     def head(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
         """Global average pooling and the last linear layer: logits ``[N, num_classes]``."""

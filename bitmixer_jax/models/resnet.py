@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bitmixer_jax.layer_table import LayerInfo, conv_info
+from bitmixer_jax.layer_table import KernelInfo, LayerInfo, conv_info
 from bitmixer_jax.models.network import Network
 
 
@@ -36,15 +36,18 @@ class ResNet(Network):
     projection: bool = False
 
     @property
+    def stem_conv(self) -> KernelInfo:
+        """See Network.stem_conv."""
+        return conv_info("conv", self.image_shape, self.width, self.stem_kernel, self.stem_strides)
+
+    @property
     def layers(self) -> tuple[LayerInfo, ...]:
         """See Network.layers."""
         return _layers(
-            self.image_shape,
+            self.stem_conv.output,
             self.stage_sizes,
             self.width,
             self.bottleneck,
-            self.stem_kernel,
-            self.stem_strides,
             self.stem_pool,
             self.projection,
         )
@@ -63,8 +66,7 @@ class ResNet(Network):
         """
         self.check_images(images)
         indices, valid = self.indices(bits)
-        x = self.stem(images, self.width, self.stem_kernel, self.stem_strides, train)
-        x = nn.relu(x)
+        x = nn.relu(self.stem(images, train))
         if self.stem_pool:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for _, block in itertools.groupby(self.layers, key=lambda layer: layer.block):
@@ -88,16 +90,14 @@ def _pad_shortcut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @functools.cache
 def _layers(
-    image_shape: tuple[int, int, int],
+    shape: tuple[int, int, int],
     stage_sizes: tuple[int, ...],
     width: int,
     bottleneck: bool,
-    stem_kernel: int,
-    stem_strides: int,
     stem_pool: bool,
     projection: bool,
 ) -> tuple[LayerInfo, ...]:
-    shape = conv_info("conv", image_shape, width, stem_kernel, stem_strides).output
+    """The table of a network whose stem gives ``shape``."""
     if stem_pool:
         shape = conv_info("conv", shape, width, 3, 2).output
     layers: list[LayerInfo] = []

@@ -1,0 +1,21 @@
+"""What all plots share: colours, figures that need no screen, short names of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2")
+
+
+def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
+    """A figure of so many inches and its axes; it leaves pyplot's state alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, 1, sharex=True)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of layers for an axis: "s2.b1.conv1" of "stage2.block1.conv1"."""
+    return [name.replace("stage", "s").replace(".block", ".b") for name in names]

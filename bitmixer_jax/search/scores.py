@@ -1,0 +1,99 @@
+"""The scores of policies on the images of a search, remembered in a file.
+
+A search is a function of its seed and of the scores, so one that was stopped goes on by running
+again: scores that are in the file are not measured twice. Searches of one network on the same
+images share the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.evaluation import Scores
+
+Measure = Callable[[np.ndarray], Scores]
+SCORES_FORMAT = "bitmixer-scores"
+
+
+class ScoreBook:
+    """Scores by policy, measured when they are not known yet.
+
+    Attributes:
+      measured: how many policies were measured here.
+      seconds: how long all policies that were asked for took when they were measured.
+    """
+
+    def __init__(self, measure: Measure, path: pathlib.Path | None, about: Mapping[str, Any]):
+        """Reads what is known.
+
+        Args:
+          measure: gives the scores of policies int32 ``[M, L]``.
+          path: the file, JSON lines; None keeps scores in memory alone.
+          about: JSON values that say what was measured: network, images. They open the file.
+
+        Raises:
+          UserError: the file is of something else, damaged, or cannot be written.
+        """
+        self.measured = 0
+        self.seconds = 0.0
+        self._measure = measure
+        self._path = path
+        self._known: dict[tuple[int, ...], tuple[float, float, float]] = {}
+        if path is not None:
+            self._open(path, {"format": SCORES_FORMAT, "version": 1, **about})
+
+    def _open(self, path: pathlib.Path, header: Mapping[str, Any]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or not path.stat().st_size:
+                path.write_text(json.dumps(header) + "\n")
+                return
+            lines = path.read_text().split("\n")
+            if lines[-1]:  # killed while writing: the last line is not whole
+                path.write_text("\n".join([*lines[:-1], ""]))
+        except OSError as error:
+            raise UserError(f"{path}: cannot write there ({error.strerror})") from None
+        try:
+            if json.loads(lines[0]) != header:
+                raise UserError(f"{path}: scores of another network or of other images; remove it")
+            for line in lines[1:-1]:
+                entry = json.loads(line)
+                values = (float(entry["top1"]), float(entry["loss"]), float(entry["seconds"]))
+                self._known[tuple(entry["widths"])] = values
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: damaged; remove it to measure again") from None
+
+    def __call__(self, policies: np.ndarray) -> Scores:
+        """Scores of policies int32 ``[M, L]``; measures those not known, and notes them."""
+        keys = [tuple(policy) for policy in policies.tolist()]
+        new = [key for key in dict.fromkeys(keys) if key not in self._known]
+        if new:
+            start = time.perf_counter()
+            scores = self._measure(np.asarray(new, np.int32))
+            each = (time.perf_counter() - start) / len(new)
+            lines = []
+            for key, top1, loss in zip(new, scores.top1, scores.loss, strict=True):
+                self._known[key] = (float(top1), float(loss), each)
+                entry = {"widths": key, "top1": float(top1), "loss": float(loss), "seconds": each}
+                lines.append(json.dumps(entry) + "\n")
+            self.measured += len(new)
+            if self._path is not None:
+                with self._path.open("a") as file:
+                    file.write("".join(lines))
+        rows = np.asarray([self._known[key] for key in keys])
+        self.seconds += float(sum(self._known[key][2] for key in dict.fromkeys(keys)))
+        return Scores(rows[:, 0], rows[:, 1])
+
+
+def file_name(about: Mapping[str, Any]) -> str:
+    """A file name for scores of what ``about`` says."""
+    text = json.dumps(about, sort_keys=True)
+    return f"scores-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"

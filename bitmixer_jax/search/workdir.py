@@ -1,0 +1,356 @@
+"""What the command line does with a workdir: search for a policy, draw a front.
+
+Searches see training data alone: by default what training left out of its split, else the images
+that it trained on. Test data is read once, when the search has ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitmixer_jax import data as datasets
+from bitmixer_jax.bits import closest, save_policy
+from bitmixer_jax.cost import Cost, activation_peak, costs
+from bitmixer_jax.data import Dataset
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.evaluation import Evaluator, random_policies
+from bitmixer_jax.files import check_free
+from bitmixer_jax.front import Front, Point
+from bitmixer_jax.search import hessian, plots
+from bitmixer_jax.search.problem import Problem, parse_budget
+from bitmixer_jax.search.scores import ScoreBook, file_name
+from bitmixer_jax.search.search import METHODS, Found, Method, search
+from bitmixer_jax.training import load_trained
+from bitmixer_jax.training.checkpoints import digest
+
+SENSITIVITIES = ("measured", "hessian")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to search, but for what.
+
+    Attributes:
+      method: a key of METHODS.
+      seed: of the images and of the method's draws.
+      evaluations: policies that evolution and random may evaluate.
+      sensitivity: for ilp: "measured" or "hessian".
+      images: how many images score a policy.
+      split: which, such as "train[45000:]"; empty: what training left out, else what it trained on.
+      data_dir: instead of the one that training used.
+      latency: file of measured times, for the cost latency_ms.
+    """
+
+    method: str = "greedy"
+    seed: int = 0
+    evaluations: int = 512
+    sensitivity: str = "measured"
+    images: int = 2000
+    split: str = ""
+    data_dir: str | None = None
+    latency: pathlib.Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that are not allowed."""
+        for name, value, allowed in (
+            ("--method", self.method, tuple(METHODS)),
+            ("--sensitivity", self.sensitivity, SENSITIVITIES),
+        ):
+            if value not in allowed:
+                raise UserError(f"{name} {value!r}{closest(value, allowed)}: one of {allowed}")
+        for name, number in (("--evaluations", self.evaluations), ("--images", self.images)):
+            if number < 1:
+                raise UserError(f"{name} {number}: give 1 or more")
+
+
+class Trained:
+    """A trained network with what a search needs of it."""
+
+    def __init__(self, workdir: str, settings: Settings):
+        """Loads network and images.
+
+        Raises:
+          UserError: no trained network there, a float twin, or no such images.
+        """
+        self.settings = settings
+        self.run, self.model, self.variables = load_trained(workdir)
+        if self.model.quant.space is None:
+            raise UserError(f"{workdir}: a float twin has no widths to search")
+        self.network = digest(self.variables)
+        self.costs = costs(self.model, settings.latency)
+        self.groups = self.model.groups(self.run.selection)  # type: ignore[arg-type]
+        self.data_dir = settings.data_dir or self.run.data_dir or None
+        self.split = settings.split or left_out(self.run.train_split) or self.run.train_split
+        part = re.split(r"\[", self.split)[0]
+        if (
+            part
+            == re.split(r"\[", self.run.test_split)[0]
+            != re.split(r"\[", self.run.train_split)[0]
+        ):
+            raise UserError(f"--split {self.split}: that is test data; search on training data")
+        self.data = self._subset(datasets.load(self.run.dataset, self.split, self.data_dir))
+        evaluator = self.evaluator(self.data)
+        about = {
+            "network": self.network,
+            "dataset": self.run.dataset,
+            "split": self.split,
+            "images": len(self.data),
+            "seed": settings.seed,
+        }
+        folder = pathlib.Path(workdir.rpartition("@")[0] or workdir)
+        folder = folder if folder.is_dir() else pathlib.Path(workdir)
+        self.book = ScoreBook(
+            lambda policies: evaluator.scores(self.variables, policies),
+            folder / "search" / file_name(about),
+            about,
+        )
+
+    def _subset(self, data: Dataset) -> Dataset:
+        number = min(self.settings.images, len(data))
+        rows = np.random.default_rng(self.settings.seed).permutation(len(data))[:number]
+        return dataclasses.replace(data, images=data.images[rows], labels=data.labels[rows])
+
+    def evaluator(self, data: Dataset) -> Evaluator:
+        """An Evaluator of this network."""
+        size = self.run.evaluate_batch
+        return Evaluator(self.model, data, data.mean, data.std, batch_size=size)
+
+    @property
+    def seen_in_training(self) -> bool:
+        """Whether the images that score policies were trained on, as far as is known."""
+        return not self.settings.split and left_out(self.run.train_split) is None
+
+    def method(self, problem: Problem) -> Method:
+        """The method with its settings."""
+        s = self.settings
+        if s.method in ("evolution", "random"):
+            return METHODS[s.method](policies=s.evaluations)
+        if s.method == "ilp" and s.sensitivity == "hessian":
+            few = slice(0, min(512, len(self.data)))
+            images = datasets.normalize(
+                jnp.asarray(self.data.images[few]), self.data.mean, self.data.std
+            )
+            table = hessian.sensitivity(
+                problem,
+                self.model,
+                self.variables,
+                images,
+                jnp.asarray(self.data.labels[few]),
+                jax.random.key(s.seed),
+            )
+            return METHODS["ilp"](sensitivity=table)
+        return METHODS[s.method]()
+
+    def search(self, problem: Problem) -> Found:
+        """Runs the search, with a progress bar on a terminal."""
+        from rich.console import Console
+        from rich.progress import Progress
+
+        method = self.method(problem)
+        shown = Console().is_terminal
+        with Progress(transient=True, disable=not shown) as progress:
+            task = progress.add_task("searching", total=method.evaluations(problem))
+
+            def on_scores(number: int, best: float) -> None:
+                what = f"searching: least loss {best:.4f}"
+                progress.update(task, completed=number, description=what)
+
+            return search(problem, method, self.book, seed=self.settings.seed, on_scores=on_scores)
+
+    def about_search(self, found: Found) -> dict[str, Any]:
+        """What a result file says of how it was found."""
+        return {
+            "network": self.network,
+            "method": self.settings.method,
+            "seed": self.settings.seed,
+            "split": self.split,
+            "images": len(self.data),
+            "evaluations": len(found.policies),
+            "seconds": round(self.book.seconds, 3),
+        }
+
+    def test(self) -> tuple[Evaluator, int]:
+        """An Evaluator of the test data, and how many images those are."""
+        data = datasets.load(self.run.dataset, self.run.test_split, self.data_dir)
+        return self.evaluator(data), len(data)
+
+
+def left_out(split: str) -> str | None:
+    """What a training split leaves of its data: "train[45000:]" of "train[:45000]"; else None."""
+    match = re.fullmatch(r"(\w+)\[(?:(\d+%?):|:(\d+%?))\]", split)
+    if not match:
+        return None
+    name, start, stop = match.groups()
+    return f"{name}[:{start}]" if start else f"{name}[{stop}:]"
+
+
+def search_workdir(
+    workdir: str,
+    budget: Sequence[str],
+    out: pathlib.Path,
+    settings: Settings,
+    overwrite: bool = False,
+) -> list[str]:
+    """Searches the best policy within a budget and writes it to ``out``.
+
+    Args:
+      workdir: WORKDIR or WORKDIR@STAGE.
+      budget: as `parse_budget` reads it.
+
+    Returns:
+      Markdown lines that say what was found.
+
+    Raises:
+      UserError: see `Trained`, `parse_budget`, `Problem`, `Found.best`; ``out`` exists.
+    """
+    check_free(out, overwrite)
+    trained = Trained(workdir, settings)
+    model, space = trained.model, trained.model.space
+    limits = parse_budget(budget, trained.costs)
+    problem = Problem(space=space, groups=trained.groups, axis=limits[0].cost, limits=limits)
+    found = trained.search(problem)
+    best = found.best()
+    uniform = [space.uniform(width, model.num_layers) for width in space.choices]
+    evaluator, examples = trained.test()
+    policies = np.stack([np.asarray(best.widths), *uniform])
+    top1 = evaluator.top1(trained.variables, policies)
+    values = {name: float(cost(np.asarray(best.widths))) for name, cost in trained.costs.items()}
+    about = trained.about_search(found)
+    save_policy(
+        out,
+        best.widths,
+        model.names,
+        space,
+        overwrite=overwrite,
+        network=about.pop("network"),
+        budget={limit.cost.name: limit.most for limit in limits},
+        cost={**values, "activation_peak": float(activation_peak(model, best.widths))},
+        search={**about, "loss": best.loss, "top1": best.top1},
+        test={"examples": examples, "top1": float(top1[0])},
+    )
+    rows = ["| policy | top-1 on test, % |" + "".join(f" {x.cost.name} |" for x in limits)]
+    rows.append("|---|---|" + "---|" * len(limits))
+    named = [
+        ("found", policies[0]),
+        *((f"all {w} bits", u) for w, u in zip(space.choices, uniform, strict=True)),
+    ]
+    for (name, policy), accuracy in zip(named, top1, strict=True):
+        cells = "".join(f" {float(limit.cost(policy)):,.6g} |" for limit in limits)
+        rows.append(f"| {name} | {100 * accuracy:.2f} |{cells}")
+    return [
+        *rows,
+        "",
+        _images_line(trained, found),
+        f"Test data: {examples} images, read once, after the search.",
+    ]
+
+
+def _images_line(trained: Trained, found: Found) -> str:
+    seen = (
+        "; the network was trained on them: train with config.train_split=train[:90%] to keep some"
+        if trained.seen_in_training
+        else ""
+    )
+    return (
+        f"{trained.settings.method}: {len(found.policies)} policies evaluated on "
+        f"{len(trained.data)} images of {trained.split}{seen}; "
+        f"{trained.book.seconds:.1f} s of evaluation."
+    )
+
+
+def front_workdir(
+    workdir: str,
+    cost: str,
+    out: pathlib.Path,
+    settings: Settings,
+    random: int = 100,
+    overwrite: bool = False,
+) -> list[str]:
+    """Draws the Pareto front over the whole range of a cost: front.json and two plots in ``out``.
+
+    Args:
+      cost: a key of `cost.costs`.
+      out: folder.
+      random: how many random policies are drawn beside it.
+
+    Returns, raises: as `search_workdir`.
+    """
+    file = out / "front.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
+    check_free(file, overwrite)
+    trained = Trained(workdir, settings)
+    model, space = trained.model, trained.model.space
+    if cost not in trained.costs:
+        known = list(trained.costs)
+        hint = " (give --latency)" if cost == "latency_ms" else closest(cost, known)
+        raise UserError(f"--cost {cost!r}: unknown{hint}; one of {', '.join(known)}")
+    axis = trained.costs[cost]
+    problem = Problem(space=space, groups=trained.groups, axis=axis)
+    found = trained.search(problem)
+    points = found.front()
+    drawn = random_policies(model, random, settings.seed, trained.groups)
+    uniform = np.stack([space.uniform(width, model.num_layers) for width in space.choices])
+    evaluator, examples = trained.test()
+    policies = np.concatenate([[point.widths for point in points], uniform, drawn])
+    top1 = evaluator.top1(trained.variables, policies.astype(np.int32))
+    points = tuple(
+        dataclasses.replace(point, test_top1=float(t))
+        for point, t in zip(points, top1, strict=False)
+    )
+    after = len(points)
+    about = trained.about_search(found)
+    front = Front(
+        points=points,
+        names=model.names,
+        choices=space.choices,
+        cost=axis.name,
+        unit=axis.unit,
+        network=about.pop("network"),
+        notes={
+            "search": about,
+            "test": {"examples": examples},
+            "uniform": _reference(axis, uniform, top1[after:]),
+            "random": _reference(axis, drawn, top1[after + space.n :]),
+        },
+    )
+    front.save(file, overwrite=overwrite)
+    plots.plot_front(out / "front.png", front)
+    plots.plot_widths(out / "widths.png", front)
+    return [
+        *_front_table(front.points, axis, points_shown=12),
+        "",
+        _images_line(trained, found),
+        f"Test data: {examples} images, read once, after the search.",
+    ]
+
+
+def _reference(axis: Cost, policies: np.ndarray, top1: np.ndarray) -> list[dict[str, Any]]:
+    return [
+        {"widths": p.tolist(), "cost": float(axis(p)), "test_top1": float(t)}
+        for p, t in zip(policies, top1, strict=False)
+    ]
+
+
+def _front_table(points: Sequence[Point], axis: Cost, points_shown: int) -> list[str]:
+    rows = [f"| {axis.name} | of the widest | top-1 on test, % | widths |", "|---|---|---|---|"]
+    shown = np.unique(np.linspace(0, len(points) - 1, points_shown).round().astype(int))
+    for i in shown:
+        point = points[i]
+        rows.append(
+            f"| {point.cost:,.6g} | {100 * point.cost / axis.widest:.1f}% | "
+            f"{100 * (point.test_top1 or 0):.2f} | {','.join(map(str, point.widths))} |"
+        )
+    if len(shown) < len(points):
+        rows.append(f"| ({len(points)} points in all) | | | |")
+    return rows
