@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
-
-import flax.linen as nn
-import jax
 
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo, conv_info
+from bitmixer_jax.models.graph import Node, Wiring
 from bitmixer_jax.models.network import Network
 
 # (expansion, channels, blocks, strides) of each stage: table 2 of the paper.
@@ -46,20 +43,22 @@ class MobileNetV2(Network):
         """See Network.layers."""
         return _layers(self.stem_conv.output, self.multiplier)
 
-    @nn.compact
-    def __call__(self, images: jax.Array, bits: Any = None, train: bool = False) -> jax.Array:
-        """Returns logits float32 ``[N, num_classes]``; arguments and errors as in ResNet."""
-        self.check_images(images)
-        indices, valid = self.indices(bits)
-        x = nn.relu6(self.stem(images, train))
+    @property
+    def graph(self) -> tuple[Node, ...]:
+        """See Network.graph."""
+        wiring = Wiring()
+        x = wiring.add("relu6", wiring.add("stem", "images"))
         for _, block in itertools.groupby(self.layers, key=lambda layer: layer.block):
             y = x
-            for layer in block:
-                (y,) = self.quant_layer(layer, y, indices, train)
+            for layer in (members := tuple(block)):
+                y = wiring.add("layer", y, layer=layer.name)
                 if not layer.name.endswith("project"):
-                    y = nn.relu6(y)
-            x = x + y if layer.name.endswith("project") and x.shape == y.shape else y
-        return self.head(x, valid)
+                    y = wiring.add("relu6", y)
+            inside = members[-1].name.endswith("project")
+            same = members[0].input == members[-1].kernels[0].output
+            x = wiring.add("add", x, y) if inside and same else y
+        wiring.add("head", x)
+        return tuple(wiring.nodes)
 
 
 def _channels(channels: int, multiplier: float) -> int:

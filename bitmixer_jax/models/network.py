@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from bitmixer_jax.layers import (
     Quantization,
     QuantLayer,
 )
+from bitmixer_jax.models.graph import Node, walk
 
 Selection = Literal["layer", "block"]
 
@@ -42,6 +44,11 @@ class Network(nn.Module):
     def layers(self) -> tuple[LayerInfo, ...]:
         """One LayerInfo per quantised layer, in the order in which data meets them."""
         raise NotImplementedError("each model family describes its layers")
+
+    @property
+    def graph(self) -> tuple[Node, ...]:
+        """How layers are connected, from "images" to the logits."""
+        raise NotImplementedError("each model family describes its wiring")
 
     @property
     def stem_conv(self) -> KernelInfo:
@@ -154,30 +161,57 @@ class Network(nn.Module):
             self.space.check(bits, self.num_layers)
         return self.space.index(bits), self.space.valid(jnp.asarray(bits))
 
-    def check_images(self, images: jax.Array) -> None:
-        """Raises UserError unless images are ``[N, *image_shape]``."""
+    @nn.compact
+    def __call__(self, images: jax.Array, bits: Any = None, train: bool = False) -> jax.Array:
+        """Returns logits float32 ``[N, num_classes]``.
+
+        Args:
+          images: float32 ``[N, H, W, C]``, normalised.
+          bits: policy ``[L]``: a tuple of ints (static) or an int32 array (data, may be traced).
+          train: use batch statistics, and update the running ones (collection ``batch_stats``).
+
+        Raises:
+          UserError: images or policy do not fit the network.
+        """
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
             raise UserError(
                 f"images: shape {images.shape}; this network takes (N, {self.image_shape})"
             )
+        indices, valid = self.indices(bits)
+        table = {layer.name: (place, layer) for place, layer in enumerate(self.layers)}
 
-    def quant_layer(
-        self, info: LayerInfo, x: jax.Array, indices: Any, train: bool
-    ) -> tuple[jax.Array, ...]:
-        """Runs one layer of the table at its place in the policy. Call it in a compact method."""
-        place = self.names.index(info.name)
-        previous = indices[info.previous] if info.previous >= 0 else 0
-        return QuantLayer(info, self.quant, name=info.name)(x, previous, indices[place], train)
+        def stem(node: Node, x: jax.Array) -> jax.Array:
+            return QuantLayer(self.stem_info, self.end_quant(), name="stem")(x, 0, 0, train)[0]
 
-    def stem(self, images: jax.Array, train: bool) -> jax.Array:
-        """First convolution and its norm, real-valued or at 8 bits. Call it in a compact method."""
-        return QuantLayer(self.stem_info, self.end_quant(), name="stem")(images, 0, 0, train)[0]
+        def layer(node: Node, x: jax.Array) -> tuple[jax.Array, ...]:
+            place, info = table[node.layer]
+            previous = indices[info.previous] if info.previous >= 0 else 0
+            run = QuantLayer(info, self.quant, name=info.name)
+            return run(x, previous, indices[place], train)
 
-    def head(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
-        """Global average pooling and the last linear layer: logits ``[N, num_classes]``."""
+        ops = {**REAL_OPS, "stem": stem, "layer": layer, "head": lambda node, x: self._head(x)}
+        logits = walk(self.graph, images, ops)[self.graph[-1].outputs[0]]
+        # Traced widths cannot raise: an unknown one must not pass for an answer.
+        return logits if valid is None else jnp.where(valid, logits, jnp.nan)
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        """Global average pooling and the last linear layer."""
         quant = self.end_quant()
         pooled = jnp.mean(x, (1, 2))
         codes, step = QuantActivation(quant, name="head_input")(pooled, 0)
-        logits = QuantDense(quant, features=self.num_classes, name="head")(codes, step, 0)
-        # Traced widths cannot raise: an unknown one must not pass for an answer.
-        return logits if valid is None else jnp.where(valid, logits, jnp.nan)
+        return QuantDense(quant, features=self.num_classes, name="head")(codes, step, 0)
+
+
+def _shortcut(node: Node, x: jax.Array) -> jax.Array:
+    """Every second pixel with zero channels behind it (option A of He et al.)."""
+    more = node.channels - x.shape[-1]
+    return jnp.pad(x[:, :: node.stride, :: node.stride], ((0, 0), (0, 0), (0, 0), (0, more)))
+
+
+REAL_OPS: dict[str, Callable[..., jax.Array]] = {
+    "relu": lambda node, x: nn.relu(x),
+    "relu6": lambda node, x: nn.relu6(x),
+    "max_pool": lambda node, x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "shortcut": _shortcut,
+    "add": lambda node, x, y: x + y,
+}

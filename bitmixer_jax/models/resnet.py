@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
-
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo, conv_info
+from bitmixer_jax.models.graph import Node, Wiring
 from bitmixer_jax.models.network import Network
 
 
@@ -52,40 +48,29 @@ class ResNet(Network):
             self.projection,
         )
 
-    @nn.compact
-    def __call__(self, images: jax.Array, bits: Any = None, train: bool = False) -> jax.Array:
-        """Returns logits float32 ``[N, num_classes]``.
-
-        Args:
-          images: float32 ``[N, H, W, C]``, normalised.
-          bits: policy ``[L]``: a tuple of ints (static) or an int32 array (data, may be traced).
-          train: use batch statistics, and update the running ones (collection ``batch_stats``).
-
-        Raises:
-          UserError: images or policy do not fit the network.
-        """
-        self.check_images(images)
-        indices, valid = self.indices(bits)
-        x = nn.relu(self.stem(images, train))
+    @property
+    def graph(self) -> tuple[Node, ...]:
+        """See Network.graph."""
+        wiring = Wiring()
+        x = wiring.add("relu", wiring.add("stem", "images"))
         if self.stem_pool:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = wiring.add("max_pool", x)
         for _, block in itertools.groupby(self.layers, key=lambda layer: layer.block):
             first, *rest = block
-            y, *projected = self.quant_layer(first, x, indices, train)
+            kernels = len(first.kernels)
+            y = wiring.add("layer", x, layer=first.name, outputs=kernels)
+            y, projected = y if kernels == 2 else (y, None)
             for layer in rest:
-                (y,) = self.quant_layer(layer, nn.relu(y), indices, train)
-            x = nn.relu(y + (projected[0] if projected else _pad_shortcut(x, y.shape)))
-        return self.head(x, valid)
-
-
-def _pad_shortcut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Identity, or every second pixel with zero channels behind it (option A)."""
-    if x.shape == shape:
-        return x
-    strides = -(-x.shape[1] // shape[1])
-    return jnp.pad(
-        x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), (0, shape[-1] - x.shape[-1]))
-    )
+                y = wiring.add("layer", wiring.add("relu", y), layer=layer.name)
+            if projected is None:
+                projected = x
+                stride = -(-first.input[0] // rest[-1].kernels[0].output[0])
+                channels = rest[-1].kernels[0].output[-1]
+                if stride > 1 or channels != first.input[-1]:
+                    projected = wiring.add("shortcut", x, stride=stride, channels=channels)
+            x = wiring.add("relu", wiring.add("add", y, projected))
+        wiring.add("head", x)
+        return tuple(wiring.nodes)
 
 
 @functools.cache

@@ -29,6 +29,7 @@ class ScoreBook:
     Attributes:
       measured: how many policies were measured here.
       seconds: how long all policies that were asked for took when they were measured.
+      spent: seconds spent here.
     """
 
     def __init__(self, measure: Measure, path: pathlib.Path | None, about: Mapping[str, Any]):
@@ -44,6 +45,7 @@ class ScoreBook:
         """
         self.measured = 0
         self.seconds = 0.0
+        self.spent = 0.0
         self._measure = measure
         self._path = path
         self._known: dict[tuple[int, ...], tuple[float, float, float]] = {}
@@ -78,7 +80,9 @@ class ScoreBook:
         if new:
             start = time.perf_counter()
             scores = self._measure(np.asarray(new, np.int32))
-            each = (time.perf_counter() - start) / len(new)
+            spent = time.perf_counter() - start
+            self.spent += spent
+            each = spent / len(new)
             lines = []
             for key, top1, loss in zip(new, scores.top1, scores.loss, strict=True):
                 self._known[key] = (float(top1), float(loss), each)

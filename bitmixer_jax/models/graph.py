@@ -1,0 +1,79 @@
+"""How a network is wired: a short list of nodes that every engine walks through.
+
+The Flax model, the integer engine and the exports all read this one description, so that none of
+them repeats how blocks are connected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+OPS = ("stem", "layer", "relu", "relu6", "max_pool", "shortcut", "add", "head")
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One step of a network.
+
+    ==========  ==========================================================================
+    stem        first convolution and its norm
+    layer       a quantised layer of the table; with a projection shortcut it has two outputs
+    relu        max(x, 0)
+    relu6       min(max(x, 0), 6)
+    max_pool    3x3 windows of stride 2, padded by 1
+    shortcut    every ``stride``-th pixel, with zero channels behind it up to ``channels``
+    add         sum of two tensors
+    head        average over all pixels, and the last linear layer: the logits
+    ==========  ==========================================================================
+
+    Attributes:
+      op: one of OPS.
+      inputs: names of the tensors it reads; the first of all is "images".
+      outputs: names of the tensors it makes.
+      layer: name of the layer, for op "layer".
+      stride, channels: for op "shortcut".
+    """
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    layer: str = ""
+    stride: int = 1
+    channels: int = 0
+
+
+class Wiring:
+    """Builds a list of nodes: each call adds one and returns the name of what it makes."""
+
+    def __init__(self) -> None:
+        """Starts with no nodes."""
+        self.nodes: list[Node] = []
+
+    def add(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """Adds a node; returns the name of its output, or a tuple of them."""
+        first = len(self.nodes)
+        names = tuple(f"t{first}" if i == 0 else f"t{first}.{i}" for i in range(outputs))
+        self.nodes.append(Node(op, inputs, names, **attributes))
+        return names[0] if outputs == 1 else names
+
+
+def walk(
+    graph: Sequence[Node],
+    images: Value,
+    ops: Mapping[str, Callable[..., Any]],
+) -> dict[str, Value]:
+    """Runs a network: every tensor by name; the last node's output is the logits.
+
+    Args:
+      images: what the name "images" stands for.
+      ops: by op, a function of (node, *inputs) that returns the output, or a tuple of them.
+    """
+    tensors: dict[str, Value] = {"images": images}
+    for node in graph:
+        made = ops[node.op](node, *(tensors[name] for name in node.inputs))
+        made = made if isinstance(made, tuple) else (made,)
+        tensors.update(zip(node.outputs, made, strict=True))
+    return tensors
