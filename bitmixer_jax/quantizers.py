@@ -115,6 +115,11 @@ def activation_codes(
     return _codes("round", x, step, jnp.float32(1), qn, qp), step
 
 
+def activation_step(steps: jax.Array, index: int) -> jax.Array:
+    """The step size in use of an input, of ``steps`` ``[n]`` at ``index``: a float32 scalar."""
+    return jnp.maximum(jnp.asarray(steps)[index], _MIN_STEP)
+
+
 def _lookup(rows: list[tuple[float, ...]], index: Any) -> tuple[jax.Array, ...]:
     """Row ``index`` of a small constant table (exact, which a traced exp2 need not be)."""
     row = jnp.asarray(rows, jnp.float32)[index]
@@ -132,13 +137,16 @@ def _scaled_step(step: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _to_codes(kind: str, v: jax.Array, step: Any, shift: Any, qn: Any, qp: Any) -> jax.Array:
+    # Times the reciprocal: of v / step XLA makes now a division, now this, and codes of values at a
+    # boundary would depend on what else is in the programme. Other engines do the same.
+    u = v * (1 / step)
     if kind == "round":
-        return jnp.clip(jnp.round(v / step), qn, qp)
+        return jnp.clip(jnp.round(u), qn, qp)
     if kind == "floor":
-        # (v / step) / shift is exact, as shift is a power of two: the codes nest.
-        return jnp.clip(jnp.floor(v / step / shift), qn, qp) + 0.5
+        # u / shift is exact, as shift is a power of two: the codes nest.
+        return jnp.clip(jnp.floor(u / shift), qn, qp) + 0.5
     if kind == "double":
-        widest = jnp.clip(jnp.round(v / step), qn * shift, (qp + 1) * shift - 1)
+        widest = jnp.clip(jnp.round(u), qn * shift, (qp + 1) * shift - 1)
         return jnp.clip(jnp.floor(widest / shift + 0.5), qn, qp)
     raise ValueError(f"unknown quantiser kind {kind!r}; choose from {KINDS}")
 
@@ -161,7 +169,7 @@ def _codes_backward(kind: str, residuals: Any, g: jax.Array) -> Any:
     Together with v_hat = code * step this gives the formulas at the top of the file.
     """
     v, step, shift, qn, qp = residuals
-    u = v / step / shift
+    u = v * (1 / step) / shift
     top = qp + 1 if kind == "floor" else qp  # floor reaches its top code over a whole unit
     g_inside = jnp.where((u > qn) & (u < top), g, 0)
     d_step = -jnp.sum(g_inside * u) / step

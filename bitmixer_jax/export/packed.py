@@ -1,0 +1,480 @@
+"""The packed file: integer weights as bit-planes, most significant first, in safetensors.
+
+docs/packed-format.md describes it byte by byte. Planes come last in the file, so that a file cut
+after k of them is the network of the widths that k planes give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pathlib
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.deployed import Deployed, FloatStem, Head, Kernel, Layer
+from bitmixer_jax.export.description import Reader, graph_to_json, kernel_to_json, layer_to_json
+from bitmixer_jax.files import write_new
+from bitmixer_jax.layer_table import KernelInfo, LayerInfo
+
+PACKED_FORMAT = "bitmixer-packed"
+PACKED_VERSION = 1
+TABLE_DTYPES = ("float32", "float16")
+_HEADER_MOST = 64 * 2**20
+_ZEROS = "0" * 64
+_DTYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8, "U8": np.uint8}
+
+
+def plane_names(choices: tuple[int, ...], kind: str) -> list[str]:
+    """Names of the planes in the order of the file: "plane.0" is the sign bit of every code.
+
+    A quantiser that is not nested has planes of its own for each width: "plane.3bits.0".
+    """
+    if kind == "independent":
+        return [f"plane.{width}bits.{i}" for width in choices for i in range(width)]
+    return [f"plane.{i}" for i in range(choices[-1])]
+
+
+def pack(deployed: Deployed, tables: str = "float32") -> bytes:
+    """The packed file of a network.
+
+    Args:
+      tables: dtype of the folded norms: "float32", or "float16" (half the bytes; each pair of
+        widths of a kernel is scaled by its largest value, and errors are at most 2^-11 of that).
+
+    Raises:
+      UserError: the network was itself read from a truncated file.
+    """
+    import safetensors.numpy
+
+    if deployed.weight_kind != "independent" and deployed.code_bits != deployed.space.widest:
+        raise UserError("packed file: this network was read from a truncated file; pack the whole")
+    arrays: dict[str, np.ndarray] = {}
+    kernels = [kernel for layer in deployed.layers for kernel in layer.kernels]
+    arrays["counts"] = np.concatenate([k.count.ravel() for k in kernels])
+    arrays["input_steps"] = np.concatenate([layer.step for layer in deployed.layers])
+    arrays["weight_steps"] = np.concatenate([kernel.step for kernel in kernels])
+    arrays |= _table_arrays(kernels, tables)
+    arrays |= _end_arrays(deployed)
+    arrays |= _plane_arrays(deployed, kernels)
+    metadata = {
+        "format": PACKED_FORMAT,
+        "version": str(PACKED_VERSION),
+        "description": json.dumps(_describe(deployed, tables), separators=(",", ":")),
+        "sha256": json.dumps(
+            {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()},
+            separators=(",", ":"),
+        ),
+        "header_sha256": _ZEROS,
+    }
+    data = safetensors.numpy.save(arrays, metadata)
+    size = 8 + struct.unpack("<Q", data[:8])[0]
+    digest = _header_digest(data[:size])
+    return data[:size].replace(_ZEROS.encode(), digest.encode()) + data[size:]
+
+
+def save_packed(
+    path: str | pathlib.Path,
+    deployed: Deployed,
+    tables: str = "float32",
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes the packed file of a network. Raises as `pack` and `files.write_new`."""
+    write_new(path, pack(deployed, tables), overwrite=overwrite)
+
+
+def _header_digest(header: bytes) -> str:
+    """SHA-256 of length and header with zeros in place of this digest."""
+    return hashlib.sha256(header).hexdigest()
+
+
+def _describe(deployed: Deployed, tables: str) -> dict[str, Any]:
+    transitional = any(len(k.count) > 1 for layer in deployed.layers for k in layer.kernels)
+    stem = deployed.stem
+    return {
+        "choices": list(deployed.space.choices),
+        "weight_kind": deployed.weight_kind,
+        "norm": "transitional" if transitional else "per_width",
+        "tables": tables,
+        "ends": "float" if isinstance(stem, FloatStem) else "int8",
+        "image_shape": list(deployed.image_shape),
+        "mean": [float(x) for x in deployed.mean],
+        "std": [float(x) for x in deployed.std],
+        "classes": list(deployed.classes),
+        "network": deployed.network,
+        "stem": kernel_to_json(stem.info if isinstance(stem, FloatStem) else stem.info.kernels[0]),
+        "features": int(deployed.head.kernel.shape[0]),
+        "layers": [layer_to_json(layer.info) for layer in deployed.layers],
+        "graph": graph_to_json(deployed.graph),
+        "about": dict(deployed.about),
+    }
+
+
+def _table_arrays(kernels: list[Kernel], dtype: str) -> dict[str, np.ndarray]:
+    if dtype not in TABLE_DTYPES:
+        raise UserError(f"packed file: tables of {dtype!r}; choose from {', '.join(TABLE_DTYPES)}")
+    both = [(k.multiplier, k.offset) for k in kernels]
+    if dtype == "float32":
+        return {"norms": np.concatenate([np.stack(pair).ravel() for pair in both])}
+    scales, values = [], []
+    for pair in both:
+        table = np.stack(pair)  # [2, P, n, C]
+        scale = np.abs(table).max(-1, keepdims=True)
+        scale = np.where(scale > 0, scale, 1).astype(np.float32)
+        scales.append(scale.ravel())
+        values.append((table / scale).astype(np.float16).ravel())
+    return {"norms": np.concatenate(values), "norm_scales": np.concatenate(scales)}
+
+
+def _end_arrays(deployed: Deployed) -> dict[str, np.ndarray]:
+    stem, head = deployed.stem, deployed.head
+    arrays = {"head.bias": head.bias, "head.kernel": head.kernel}
+    if isinstance(stem, FloatStem):
+        arrays["stem.kernel"] = stem.kernel
+        arrays["stem.norm"] = np.stack([stem.multiplier, stem.offset])
+    else:
+        (kernel,) = stem.kernels
+        assert head.steps is not None
+        arrays["stem.kernel"] = kernel.codes[0]
+        arrays["stem.norm"] = np.stack([kernel.multiplier[0, 0], kernel.offset[0, 0]])
+        steps = [stem.step[0], kernel.step[0], *head.steps]
+        arrays["end_steps"] = np.asarray(steps, np.float32)
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def _plane_arrays(deployed: Deployed, kernels: list[Kernel]) -> dict[str, np.ndarray]:
+    choices, kind = deployed.space.choices, deployed.weight_kind
+    sets = [(i, w) for i, w in enumerate(choices)] if kind == "independent" else [(0, choices[-1])]
+    planes = []
+    for row, width in sets:
+        for bit in range(width - 1, -1, -1):
+            # Two's complement: the arithmetic shift brings the wanted bit down.
+            bits = [np.packbits((k.codes[row].ravel() >> bit) & 1) for k in kernels]
+            planes.append(np.concatenate(bits))
+    return dict(zip(plane_names(choices, kind), planes, strict=True))
+
+
+def load_packed(path: str | pathlib.Path, planes: int | None = None) -> Deployed:
+    """Reads a packed file, whole or cut after some of its planes.
+
+    Args:
+      planes: use so many of the planes that are there; None: all.
+
+    Returns:
+      the network, with the widths that the planes give (a width b needs b planes; b + 1 if weights
+      are rounded twice and b is not the widest).
+
+    Raises:
+      UserError: no such file, not a packed file, damaged, cut elsewhere than after a plane, or too
+        few planes for any width. Memory stays within a small multiple of the file's size.
+    """
+    path = pathlib.Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such packed file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return unpack(data, str(path), planes)
+
+
+def unpack(data: bytes, where: str, planes: int | None = None) -> Deployed:
+    """Reads the bytes of a packed file; ``where`` names them in errors. See `load_packed`."""
+    read = Reader(where)
+    header, metadata, start = _header(read, data)
+    try:
+        description = json.loads(read.text_of(metadata, "description"))
+        digests = json.loads(read.text_of(metadata, "sha256"))
+    except (ValueError, RecursionError):
+        read.fail("its description is not JSON")
+    whole = read.space(read.field(description, "choices", list))
+    kind = read.kind(description.get("weight_kind"))
+    names = plane_names(whole.choices, kind)
+    arrays, there = _arrays(read, header, data, start, digests, names)
+    nested = kind != "independent"
+    if planes is not None:
+        if not nested:
+            raise UserError(
+                f"{where}: planes={planes}: its widths are not nested; it has no prefix"
+            )
+        if not 1 <= planes <= there:
+            raise UserError(f"{where}: planes={planes}; there are {there}")
+        there = planes
+    elif not nested and there < len(names):
+        read.fail(f"cut off: {there} of {len(names)} planes, and its widths are not nested")
+    kept = _widths_within(whole, kind, there) if nested else whole.choices
+    if not kept:
+        raise UserError(
+            f"{where}: {there} planes are too few for any of its widths {whole.choices}"
+        )
+    builder = _Builder(read, description, arrays, whole, kept, kind, there)
+    return builder.build()
+
+
+def _widths_within(space: BitSpace, kind: str, planes: int) -> tuple[int, ...]:
+    more = 1 if kind == "double" else 0
+    return tuple(b for b in space.choices if min(b + more, space.widest) <= planes)
+
+
+def _header(read: Reader, data: bytes) -> tuple[Mapping[str, Any], Mapping[str, Any], int]:
+    """The header, its metadata, and where the numbers start."""
+    if len(data) < 8:
+        read.fail("cut off in its header")
+    size = struct.unpack("<Q", data[:8])[0]
+    if size > _HEADER_MOST:
+        read.fail("not a safetensors file")
+    if 8 + size > len(data):
+        read.fail("cut off in its header, or not a safetensors file")
+    raw = data[: 8 + size]
+    try:
+        header = json.loads(raw[8:].decode())
+        metadata = header.pop("__metadata__")
+        found = metadata["header_sha256"]
+        ours = metadata["format"] == PACKED_FORMAT
+        version = metadata["version"]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        read.fail("not a packed file of this library")
+    if not ours:
+        read.fail("not a packed file of this library")
+    if version != str(PACKED_VERSION):
+        raise UserError(f"{read.where}: version {version!r}; this library reads {PACKED_VERSION}")
+    if type(found) is not str or len(found) != 64 or raw.count(found.encode()) != 1:
+        read.fail("its header has no checksum")
+    if _header_digest(raw.replace(found.encode(), _ZEROS.encode())) != found:
+        read.fail("the checksum of its header differs")
+    return header, metadata, 8 + size
+
+
+def _arrays(
+    read: Reader,
+    header: Mapping[str, Any],
+    data: bytes,
+    start: int,
+    digests: Any,
+    planes: list[str],
+) -> tuple[dict[str, np.ndarray], int]:
+    """All tensors, checked against their checksums, and how many planes there are."""
+    arrays: dict[str, np.ndarray] = {}
+    end, there = start, 0
+    ordered = sorted(header, key=lambda name: tuple(_offsets(read, header[name])))
+    if ordered[-len(planes) :] != planes:
+        read.fail("its planes are not at its end")
+    for name in ordered:
+        begin, stop = (start + offset for offset in _offsets(read, header[name]))
+        if begin != end or stop < begin:
+            read.fail("its tensors leave gaps")
+        if stop > len(data):
+            if name in planes and begin == len(data) and there:
+                break  # cut after a plane
+            read.fail(f"cut off within {name}")
+        end = stop
+        entry = header[name]
+        dtype = _DTYPES.get(entry.get("dtype"))
+        shape = entry.get("shape")
+        if dtype is None or type(shape) is not list or len(shape) > 8:
+            read.fail(f"{name} has no dtype or shape")
+        sizes = read.wholes(shape, len(shape), 0, len(data), f"shape of {name}")
+        if math.prod(sizes) * np.dtype(dtype).itemsize != stop - begin:
+            read.fail(f"{name} has another size than its shape")
+        part = data[begin:stop]
+        if type(digests) is not dict or hashlib.sha256(part).hexdigest() != digests.get(name):
+            read.fail(f"the checksum of {name} differs")
+        arrays[name] = np.frombuffer(part, dtype).reshape(sizes)
+        there += name in planes
+    if end != len(data):
+        read.fail("something follows its tensors")
+    return arrays, there
+
+
+def _offsets(read: Reader, entry: Any) -> tuple[int, ...]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    return read.wholes(offsets, 2, 0, 2**62, "data_offsets")
+
+
+class _Builder:
+    """Puts a network together from a description and its arrays."""
+
+    def __init__(
+        self,
+        read: Reader,
+        description: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        whole: BitSpace,
+        kept: tuple[int, ...],
+        kind: str,
+        planes: int,
+    ):
+        self.read, self.description, self.arrays = read, description, arrays
+        self.whole, self.kind, self.planes = whole, kind, planes
+        self.kept = kept
+        self.rows = [whole.choices.index(b) for b in kept]
+        self.taken: dict[str, int] = {}
+
+    def take(self, name: str, dtype: Any, count: int) -> np.ndarray:
+        """The next ``count`` numbers of a tensor."""
+        array = self.arrays.get(name)
+        start = self.taken.get(name, 0)
+        if array is None or array.dtype != dtype or array.ndim != 1 or start + count > len(array):
+            self.read.fail(f"{name} is absent or too short")
+        self.taken[name] = start + count
+        return array[start : start + count]
+
+    def exactly(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """A whole tensor."""
+        array = self.arrays.get(name)
+        if array is None or array.dtype != dtype or array.shape != shape:
+            self.read.fail(f"{name} is absent or of another shape")
+        self.taken[name] = len(array)
+        return array
+
+    def build(self) -> Deployed:
+        read, about = self.read, self.description
+        image_shape = read.shape(read.field(about, "image_shape", list), "image_shape")
+        stem_info = read.kernel(about.get("stem"), image_shape)
+        rows = read.field(about, "layers", list)
+        if not 1 <= len(rows) <= 100_000:
+            read.fail("there are no layers")
+        infos = tuple(read.layer(row, place) for place, row in enumerate(rows))
+        features = read.whole(about.get("features"), 1, 2**20, "features")
+        graph = read.graph(about.get("graph"), stem_info, infos, image_shape, features)
+        norm, ends = about.get("norm"), about.get("ends")
+        if norm not in ("transitional", "per_width") or ends not in ("float", "int8"):
+            read.fail("norm or ends is unknown")
+        if about.get("tables") not in TABLE_DTYPES:
+            read.fail("tables is unknown")
+        classes = read.texts(about.get("classes"), "classes")
+        layers = tuple(self.layer(info, norm == "transitional") for info in infos)
+        stem, head = self.ends(stem_info, image_shape, features, len(classes), ends == "float")
+        for name, array in self.arrays.items():
+            if self.taken.get(name, 0) != len(array) and not name.startswith("plane."):
+                read.fail(f"{name} is longer than its layers need")
+        channels = image_shape[2]
+        deployed = Deployed(
+            space=BitSpace(self.kept),
+            weight_kind=self.kind,
+            code_bits=self.planes if self.kind != "independent" else self.whole.widest,
+            graph=graph,
+            layers=layers,
+            stem=stem,
+            head=head,
+            image_shape=image_shape,
+            mean=self.numbers("mean", channels),
+            std=self.numbers("std", channels),
+            classes=classes,
+            network=read.text(about.get("network"), "network"),
+            about=read.field(about, "about", dict),
+        )
+        if not (deployed.std > 0).all():
+            read.fail("std is not positive")
+        return deployed
+
+    def numbers(self, key: str, count: int) -> np.ndarray:
+        values = self.description.get(key)
+        if type(values) is not list or len(values) != count:
+            self.read.fail(f"{key} is not a list of {count} numbers")
+        if not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            self.read.fail(f"{key} is not finite")
+        return np.asarray(values, np.float32)
+
+    def layer(self, info: LayerInfo, transitional: bool) -> Layer:
+        n = self.whole.n
+        step = self.take("input_steps", np.float32, n)[self.rows]
+        before = n if transitional and info.previous >= 0 else 1
+        return Layer(
+            info=info,
+            step=self.positive(step, "input_steps"),
+            kernels=tuple(self.kernel(kernel, before) for kernel in info.kernels),
+        )
+
+    def kernel(self, info: KernelInfo, before: int) -> Kernel:
+        n, channels = self.whole.n, info.shape[-1]
+        own = self.rows
+        previous = own if before > 1 else [0]
+        count = self.take("counts", np.int32, before * n).reshape(before, n)
+        norms = self.norms(2 * before * n, channels).reshape(2, before, n, channels)
+        steps = self.take("weight_steps", np.float32, n if self.kind == "independent" else 1)
+        multiplier, offset = norms[:, previous][:, :, own]
+        return Kernel(
+            info=info,
+            codes=self.codes(info),
+            step=self.positive(steps, "weight_steps"),
+            multiplier=np.ascontiguousarray(multiplier),
+            offset=np.ascontiguousarray(offset),
+            count=count[previous][:, own],
+        )
+
+    def norms(self, rows: int, channels: int) -> np.ndarray:
+        if self.description["tables"] == "float32":
+            table = self.take("norms", np.float32, rows * channels).reshape(rows, channels)
+        else:
+            small = self.take("norms", np.float16, rows * channels).astype(np.float32)
+            scale = self.take("norm_scales", np.float32, rows)
+            table = small.reshape(rows, channels) * scale[:, None]
+        if not np.isfinite(table).all():
+            self.read.fail("norms are not finite")
+        return table
+
+    def positive(self, values: np.ndarray, name: str) -> np.ndarray:
+        if not (np.isfinite(values).all() and (values > 0).all()):
+            self.read.fail(f"{name} are not positive")
+        return values
+
+    def codes(self, info: KernelInfo) -> np.ndarray:
+        """Codes int8 of a kernel from the planes that are used."""
+        size = math.ceil(info.params / 8)
+
+        def read_planes(names: list[str]) -> np.ndarray:
+            codes = np.zeros(info.params, np.int8)
+            for i, name in enumerate(names):
+                packed = self.take(name, np.uint8, size)
+                bits = np.unpackbits(packed, count=info.params)
+                codes = (codes << 1) | bits.astype(np.int8) if i else -bits.astype(np.int8)
+            return codes.reshape(info.shape)
+
+        if self.kind != "independent":
+            return read_planes([f"plane.{i}" for i in range(self.planes)])[None]
+        sets = [[f"plane.{b}bits.{i}" for i in range(b)] for b in self.kept]
+        return np.stack([read_planes(names) for names in sets])
+
+    def ends(
+        self, info: KernelInfo, image_shape: Any, features: int, classes: int, real: bool
+    ) -> tuple[FloatStem | Layer, Head]:
+        channels = info.shape[-1]
+        dtype = np.float32 if real else np.int8
+        kernel = self.exactly("stem.kernel", dtype, info.shape)
+        multiplier, offset = self.exactly("stem.norm", np.float32, (2, channels))
+        weights = self.exactly("head.kernel", dtype, (features, classes))
+        bias = self.exactly("head.bias", np.float32, (classes,))
+        for values in (kernel, multiplier, offset, weights, bias):
+            if not np.isfinite(values).all():
+                self.read.fail("stem or head is not finite")
+        if real:
+            stem = FloatStem(info=info, kernel=kernel, multiplier=multiplier, offset=offset)
+            return stem, Head(kernel=weights, bias=bias, steps=None)
+        steps = self.positive(self.exactly("end_steps", np.float32, (4,)), "end_steps")
+        one = Kernel(
+            info=info,
+            codes=kernel[None],
+            step=steps[1:2],
+            multiplier=multiplier[None, None],
+            offset=offset[None, None],
+            count=np.ones((1, 1), np.int32),
+        )
+        layer = LayerInfo(
+            name="stem",
+            kind="conv",
+            kernels=(info,),
+            previous=-1,
+            block=-1,
+            signed=True,
+            input=image_shape,
+        )
+        head = Head(kernel=weights, bias=bias, steps=(float(steps[2]), float(steps[3])))
+        return Layer(info=layer, step=steps[:1], kernels=(one,)), head

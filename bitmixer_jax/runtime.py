@@ -1,0 +1,298 @@
+"""A loaded network that switches policy as it runs: one compiled programme, policies as data.
+
+    runtime = Runtime.load("runs/digits")
+    logits = runtime.predict(images)  # at the policy in force: the widest everywhere
+    runtime.set_policy(2)  # from the next call on
+    logits = runtime.predict(images, policy=[4, 3, 2, 2, 3, 4])  # this call alone
+
+Switching takes microseconds: it compiles nothing, moves no weights, and threads may do it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import pathlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.data import normalize
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.models import Network
+from bitmixer_jax.pairs import covering_policies, never_visited
+from bitmixer_jax.training import load_trained
+from bitmixer_jax.training.checkpoints import digest, read_config
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Policy:
+    """A policy that was checked. Threads pass it on whole, and nothing in it ever changes.
+
+    Attributes:
+      widths: int32 ``[L]``, read-only.
+      key: the same widths.
+      known: whether training visited all its pairs of widths.
+    """
+
+    widths: np.ndarray
+    key: tuple[int, ...]
+    known: bool
+
+
+class Runtime:
+    """A trained network, on the first device, ready to run at any policy.
+
+    All is compiled when it is made: neither `predict` nor `set_policy` ever compiles, and switching
+    moves no weights. Any number of threads may predict and switch at the same time: each call runs
+    at one policy, whole.
+
+    Attributes:
+      model: the network.
+      classes: name of each class.
+      batch_size: images that one call of the compiled programme runs.
+      traces: compilations so far: one, and one for each policy that was specialised.
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        variables: Any,
+        *,
+        mean: Any,
+        std: Any,
+        classes: Sequence[str],
+        batch_size: int = 64,
+        specialized: int = 4,
+    ):
+        """Places the weights and compiles. The policy in force is the widest width everywhere.
+
+        Args:
+          variables: "params" and "batch_stats" of the network.
+          mean, std: ``[C]`` of the training data, in units of 0..255.
+          classes: ``[num_classes]`` names.
+          batch_size: larger inputs run in parts of so many, the last one padded.
+          specialized: most policies that have a programme of their own (`specialize`).
+
+        Raises:
+          UserError: a float twin, or a setting below 1.
+        """
+        for name, value in (("batch_size", batch_size), ("specialized", specialized)):
+            if not _is_whole(value) or value < 1:
+                raise UserError(f"{name} = {value!r}: give a whole number, 1 or more")
+        self.model = model
+        self.space: BitSpace = model.space  # refuses a float twin
+        self.names = model.names
+        self.classes = tuple(classes)
+        self.batch_size = batch_size
+        self.traces = 0
+        self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        own = {name: variables[name] for name in ("params", "batch_stats")}
+        self._variables = jax.device_put(own, jax.local_devices()[0])
+        self._visited = _visited_pairs(model, own["batch_stats"])
+        self._choices = np.asarray(self.space.choices)
+        self._layer = np.arange(model.num_layers)
+        self._before = np.asarray([max(layer.previous, 0) for layer in model.layers])
+        self._compiling = threading.Lock()
+        self._most_specialized = specialized
+        self._specialized: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
+        self._order = threading.Lock()  # of the entries: a look-up moves one to the end
+        self._any_policy = self._compile(None)
+        self._current = self._as_policy(self.space.widest)
+
+    @classmethod
+    def load(
+        cls, source: str | pathlib.Path, *, batch_size: int = 64, specialized: int = 4
+    ) -> Runtime:
+        """Loads a trained network.
+
+        Args:
+          source: WORKDIR (its newest checkpoint), or WORKDIR@STAGE (the end of that stage).
+          batch_size, specialized: see `Runtime`.
+
+        Raises:
+          UserError: no trained network there, or a float twin.
+        """
+        _, model, variables = load_trained(source)
+        folder = str(source).rpartition("@")[0]
+        if not folder or pathlib.Path(source).exists():
+            folder = str(source)
+        about = read_config(pathlib.Path(folder))["made_for"]
+        return cls(
+            model,
+            variables,
+            mean=about["mean"],
+            std=about["std"],
+            classes=about["classes"],
+            batch_size=batch_size,
+            specialized=specialized,
+        )
+
+    @functools.cached_property
+    def network(self) -> str:
+        """Digest of the weights: a front that was searched for them carries the same."""
+        return digest(self._variables)
+
+    @property
+    def policy(self) -> np.ndarray:
+        """The policy in force, int32 ``[L]`` widths: a copy."""
+        return self._current.widths.copy()
+
+    @property
+    def specialized(self) -> tuple[tuple[int, ...], ...]:
+        """Policies that have a programme of their own, the least recently used first."""
+        with self._order:
+            return tuple(self._specialized)
+
+    def check(self, policy: Any) -> np.ndarray:
+        """Returns a policy as int32 ``[L]``, or says why it cannot run here.
+
+        Args:
+          policy: ``[L]`` widths, or one width for all layers.
+
+        Raises:
+          UserError: it does not fit the network, or needs BN statistics of a pair of widths that
+            training never visited.
+        """
+        return self._checked(policy).widths.copy()
+
+    def set_policy(self, policy: Any) -> None:
+        """Puts a policy in force, from the next call of `predict` on. Arguments as `check`."""
+        self._current = self._checked(policy)
+
+    def predict(self, images: Any, policy: Any = None) -> np.ndarray:
+        """Classifies images.
+
+        Args:
+          images: uint8 ``[N, H, W, C]``, as many as you like but at least one.
+          policy: for this call alone, as `check`; None: the one in force as the call begins.
+
+        Returns:
+          logits float32 ``[N, num_classes]``.
+
+        Raises:
+          UserError: images or policy do not fit, or the logits are not finite.
+        """
+        images = self._check_images(images)
+        chosen = self._current if policy is None else self._as_policy(policy)
+        if not chosen.known:
+            raise self._unknown_pairs(chosen)
+        with self._order:
+            own = self._specialized.get(chosen.key)
+            if own is not None:
+                self._specialized.move_to_end(chosen.key)
+        size = self.batch_size
+        logits = np.empty((len(images), self.model.num_classes), np.float32)
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            number = len(part)
+            if number < size:
+                part = np.concatenate([part, np.zeros((size - number, *part.shape[1:]), np.uint8)])
+            if own is None:
+                found = self._any_policy(self._variables, part, chosen.widths)
+            else:
+                found = own(self._variables, part)
+            logits[start : start + number] = np.asarray(found)[:number]
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"policy {list(chosen.key)}: the logits are not finite; this network is broken"
+            )
+        return logits
+
+    def specialize(self, policy: Any) -> None:
+        """Compiles a programme for one policy, which `predict` uses from then on.
+
+        The compiler knows the widths, so the look-ups in tables are gone. The logits are the same
+        up to rounding. The least recently used programme gives way where there are too many.
+
+        Args:
+          policy: as `check`.
+
+        Raises:
+          UserError: as `check`.
+        """
+        chosen = self._checked(policy)
+        with self._compiling:
+            with self._order:
+                if chosen.key in self._specialized:
+                    self._specialized.move_to_end(chosen.key)
+                    return
+            programme = self._compile(chosen.key)
+            with self._order:
+                self._specialized[chosen.key] = programme
+                while len(self._specialized) > self._most_specialized:
+                    self._specialized.popitem(last=False)
+
+    def _compile(self, static: tuple[int, ...] | None) -> jax.stages.Compiled:
+        """The programme of (variables, images, widths), or (variables, images) of a fixed policy.
+
+        Compiled before its first call, so it refuses what would make `jit` compile again.
+        """
+
+        def forward(variables: Any, images: jax.Array, *widths: jax.Array) -> Any:
+            self.traces += 1
+            x = normalize(images, self._mean, self._std)
+            bits = widths[0] if static is None else static
+            return self.model.apply(variables, x, bits=bits, train=False)
+
+        shapes = [jax.ShapeDtypeStruct((self.batch_size, *self.model.image_shape), np.uint8)]
+        if static is None:
+            shapes.append(jax.ShapeDtypeStruct((self.model.num_layers,), np.int32))
+        return jax.jit(forward).lower(self._variables, *shapes).compile()
+
+    def _as_policy(self, policy: Any) -> _Policy:
+        """Checks the widths; of pairs that training never visited it takes note alone."""
+        if _is_whole(policy):
+            policy = np.full(self.model.num_layers, policy)
+        widths = self.space.check(policy, len(self._layer))
+        if widths.ndim != 1:
+            raise UserError(f"policy: got {len(widths)} policies; give one, a width for each layer")
+        widths.flags.writeable = False
+        index = np.searchsorted(self._choices, widths)
+        known = bool(self._visited[self._layer, index[self._before], index].all())
+        return _Policy(widths, tuple(widths.tolist()), known)
+
+    def _checked(self, policy: Any) -> _Policy:
+        chosen = self._as_policy(policy)
+        if not chosen.known:
+            raise self._unknown_pairs(chosen)
+        return chosen
+
+    def _unknown_pairs(self, policy: _Policy) -> UserError:
+        stats = self._variables["batch_stats"]
+        missing = never_visited(self.model, stats, policy.widths[None])
+        layer, before, own = missing[0]
+        return UserError(
+            f"policy {list(policy.key)}: {len(missing)} of its pairs of widths were never visited "
+            f"in training, such as {before or 'any'}->{own} bits at {layer}: their BN statistics "
+            "are unknown; take another policy, train for longer, or recalibrate (pairs.recalibrate)"
+        )
+
+    def _check_images(self, images: Any) -> np.ndarray:
+        wanted = f"give uint8 (N, {', '.join(map(str, self.model.image_shape))}), N at least 1"
+        try:
+            given = np.asarray(images)
+        except ValueError:
+            raise UserError(f"images: of different shapes; {wanted}") from None
+        if given.dtype != np.uint8 or given.shape[1:] != self.model.image_shape or not len(given):
+            raise UserError(f"images: got {given.dtype} {given.shape}; {wanted}")
+        return given
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _visited_pairs(model: Network, batch_stats: Any) -> np.ndarray:
+    """Which pairs training visited: bool ``[L, n, n]`` by layer, width before, own width."""
+    visited = np.ones((model.num_layers, model.space.n, model.space.n), bool)
+    place = {name: i for i, name in enumerate(model.names)}
+    for layer, before, own in never_visited(model, batch_stats, covering_policies(model)):
+        rows = model.space.index(before) if before else slice(None)
+        visited[place[layer], rows, model.space.index(own)] = False
+    return visited
