@@ -1,0 +1,7 @@
+"""``python -m bitmixer_jax.cli``."""
+
+import sys
+
+from bitmixer_jax.cli import main
+
+sys.exit(main())
