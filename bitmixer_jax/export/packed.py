@@ -51,10 +51,10 @@ def pack(deployed: Deployed, tables: str = "float32") -> bytes:
     Raises:
       UserError: the network was itself read from a truncated file.
     """
-    import safetensors.numpy
-
     if deployed.weight_kind != "independent" and deployed.code_bits != deployed.space.widest:
-        raise UserError("packed file: this network was read from a truncated file; pack the whole")
+        raise UserError(
+            "packed file: this network was read from a file cut between two widths; pack the whole"
+        )
     arrays: dict[str, np.ndarray] = {}
     kernels = [kernel for layer in deployed.layers for kernel in layer.kernels]
     arrays["counts"] = np.concatenate([k.count.ravel() for k in kernels])
@@ -73,10 +73,21 @@ def pack(deployed: Deployed, tables: str = "float32") -> bytes:
         ),
         "header_sha256": _ZEROS,
     }
-    data = safetensors.numpy.save(arrays, metadata)
-    size = 8 + struct.unpack("<Q", data[:8])[0]
-    digest = _header_digest(data[:size])
-    return data[:size].replace(_ZEROS.encode(), digest.encode()) + data[size:]
+    # Largest numbers first, for alignment; planes last, in their order. Written here and not by
+    # safetensors, which orders metadata anew each time: the same network gives the same bytes.
+    ordered = sorted(arrays, key=lambda name: (name.startswith("plane."), -arrays[name].itemsize))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in ordered:
+        begin, end = end, end + arrays[name].nbytes
+        dtype = next(key for key, kind in _DTYPES.items() if kind == arrays[name].dtype)
+        shape = list(arrays[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    raw = struct.pack("<Q", len(text)) + text
+    raw = raw.replace(_ZEROS.encode(), _header_digest(raw).encode())
+    return raw + b"".join(arrays[name].tobytes() for name in ordered)
 
 
 def save_packed(
@@ -314,6 +325,7 @@ class _Builder:
         self.read, self.description, self.arrays = read, description, arrays
         self.whole, self.kind, self.planes = whole, kind, planes
         self.kept = kept
+        self.coarser = 2.0 ** (whole.widest - kept[-1]) if kind != "independent" else 1.0
         self.rows = [whole.choices.index(b) for b in kept]
         self.taken: dict[str, int] = {}
 
@@ -404,7 +416,7 @@ class _Builder:
         return Kernel(
             info=info,
             codes=self.codes(info),
-            step=self.positive(steps, "weight_steps"),
+            step=self.positive(steps, "weight_steps") * np.float32(self.coarser),
             multiplier=np.ascontiguousarray(multiplier),
             offset=np.ascontiguousarray(offset),
             count=count[previous][:, own],

@@ -1,0 +1,275 @@
+"""The packed file: round trips, truncation, damage."""
+
+import hashlib
+import json
+import struct
+
+import jax
+import numpy as np
+import pytest
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.integer import run_integer
+from bitmixer_jax.export.packed import load_packed, pack, save_packed, unpack
+from tests.export.networks import KINDS, deployed, images
+
+NESTED = [kind for kind in KINDS if kind != "independent"]
+
+
+def logits(found, kind, policy):
+    return np.asarray(jax.jit(lambda x, p: run_integer(found, x, p))(images(kind), policy))
+
+
+def planes_for(kind, width):
+    found = deployed(kind)
+    more = found.weight_kind == "double" and width < found.space.widest
+    return width + more
+
+
+def start_of_planes(data):
+    """Offset of each plane, and the end."""
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    planes = sorted(v["data_offsets"] for k, v in header.items() if k.startswith("plane."))
+    return [8 + size + begin for begin, _ in planes] + [len(data)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_keeps_every_number(kind):
+    before, after = deployed(kind), unpack(pack(deployed(kind)), "file")
+    for field in (
+        "space",
+        "weight_kind",
+        "code_bits",
+        "graph",
+        "image_shape",
+        "classes",
+        "network",
+    ):
+        assert getattr(before, field) == getattr(after, field)
+    assert before.about == after.about
+    for old, new in zip(before.layers, after.layers, strict=True):
+        assert old.info == new.info
+        np.testing.assert_array_equal(old.step, new.step)
+        for one, other in zip(old.kernels, new.kernels, strict=True):
+            for leaf in ("codes", "step", "multiplier", "offset", "count"):
+                np.testing.assert_array_equal(getattr(one, leaf), getattr(other, leaf))
+    np.testing.assert_array_equal(before.head.kernel, after.head.kernel)
+    assert before.head.steps == after.head.steps
+
+
+def test_other_readers_open_it(tmp_path):
+    from safetensors.numpy import load_file
+
+    path = tmp_path / "net.packed"
+    save_packed(path, deployed("resnet8"))
+    arrays = load_file(path)
+    bits = np.unpackbits(arrays["plane.0"])[: deployed("resnet8").layers[0].info.params]
+    assert np.array_equal(bits, deployed("resnet8").layers[0].kernels[0].codes.ravel() < 0)
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_cut_after_some_planes_it_is_the_narrower_network(kind):
+    whole, data = deployed(kind), pack(deployed(kind))
+    edges = start_of_planes(data)
+    for width in whole.space.choices[:-1]:
+        planes = planes_for(kind, width)
+        if planes == whole.space.widest:  # rounded twice: 3 bits of 4 need all planes
+            continue
+        cut = unpack(data[: edges[planes]], "file")
+        stopped = unpack(data, "file", planes=planes)
+        policy = np.full(len(whole.layers), width, np.int32)
+        wanted = logits(whole, kind, policy)
+        assert cut.space.widest == stopped.space.widest == width
+        np.testing.assert_array_equal(logits(cut, kind, policy), wanted)
+        np.testing.assert_array_equal(logits(stopped, kind, policy), wanted)
+
+
+def test_a_cut_file_still_mixes_the_widths_that_are_left():
+    whole, data = deployed("resnet8"), pack(deployed("resnet8"))
+    cut = unpack(data[: start_of_planes(data)[3]], "file")
+    policy = np.asarray([2, 3, 3, 2, 2, 3], np.int32)
+    assert cut.space.choices == (2, 3)
+    np.testing.assert_array_equal(logits(cut, "resnet8", policy), logits(whole, "resnet8", policy))
+
+
+def test_too_few_planes_is_an_error():
+    data = pack(deployed("resnet8"))
+    with pytest.raises(UserError, match="1 planes are too few"):
+        unpack(data[: start_of_planes(data)[1]], "file")
+    with pytest.raises(UserError, match="planes=9; there are 4"):
+        unpack(data, "file", planes=9)
+    with pytest.raises(UserError, match="not nested"):
+        unpack(pack(deployed("independent")), "file", planes=2)
+
+
+def test_cut_elsewhere_is_an_error():
+    data = pack(deployed("resnet8"))
+    edges = set(start_of_planes(data)[1:])
+    rng = np.random.default_rng(0)
+    for length in {0, 7, 8, 9, 100, *rng.integers(len(data), size=200).tolist()} - edges:
+        with pytest.raises(UserError, match="damaged file"):
+            unpack(data[:length], "file")
+
+
+def test_no_float_copy_of_quantised_weights():
+    found = deployed("resnet8")
+    data = pack(found)
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    floats = sum(
+        np.prod(v["shape"]) for k, v in header.items() if k[0] != "_" and v["dtype"] == "F32"
+    )
+    tables = sum(2 * k.multiplier.size for layer in found.layers for k in layer.kernels)
+    ends = found.stem.kernel.size + 2 * found.stem.offset.size + found.head.kernel.size + 3
+    assert floats == tables + ends + 6 * 3 + 6
+
+
+def test_float16_tables_are_near_and_smaller():
+    found = deployed("resnet8")
+    small = pack(found, "float16")
+    assert len(small) < len(pack(found))
+    for old, new in zip(found.layers, unpack(small, "file").layers, strict=True):
+        for leaf in ("multiplier", "offset"):
+            wanted = getattr(old.kernels[0], leaf)
+            error = np.abs(getattr(new.kernels[0], leaf) - wanted)
+            assert (error <= 2**-11 * np.abs(wanted).max(-1, keepdims=True)).all()
+    with pytest.raises(UserError, match="tables of 'float8'"):
+        pack(found, "float8")
+
+
+def test_a_network_from_a_cut_file_is_packed_as_the_narrower_one():
+    cut = unpack(pack(deployed("resnet8")), "file", planes=3)
+    again = unpack(pack(cut), "file")
+    assert again.space.choices == (2, 3)
+    policy = np.asarray([2, 3, 3, 2, 2, 3], np.int32)
+    np.testing.assert_array_equal(logits(again, "resnet8", policy), logits(cut, "resnet8", policy))
+    np.testing.assert_array_equal(
+        cut.layers[0].kernels[0].step * 0.5, [deployed("resnet8").layers[0].kernels[0].step[0]]
+    )
+    with pytest.raises(UserError, match="cut between two widths"):
+        pack(unpack(pack(deployed("double")), "file", planes=3))
+
+
+def test_the_same_network_gives_the_same_bytes():
+    assert pack(deployed("resnet8")) == pack(deployed("resnet8"))
+
+
+def test_files_are_not_overwritten_in_silence(tmp_path):
+    path = tmp_path / "net.packed"
+    save_packed(path, deployed("resnet8"))
+    save_packed(path, deployed("resnet8"))  # the same content
+    with pytest.raises(UserError, match="is there already"):
+        save_packed(path, deployed("double"))
+    save_packed(path, deployed("double"), overwrite=True)
+    assert load_packed(path).weight_kind == "double"
+
+
+def test_missing_and_foreign_files_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such packed file"):
+        load_packed(tmp_path / "absent")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_packed(tmp_path)
+    from safetensors.numpy import save
+
+    for content in (b"", b"hello", save({"a": np.zeros(3)}), b"\x80\x04K\x01." * 50):
+        with pytest.raises(UserError, match="file"):
+            unpack(content, "file")
+
+
+def rewritten(data, change):
+    """The file with its header changed and all checksums made right again: a hostile author."""
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    metadata = header["__metadata__"]
+    description = json.loads(metadata["description"])
+    change(header, description)
+    metadata["description"] = json.dumps(description)
+    metadata["header_sha256"] = "0" * 64
+    text = json.dumps(header).encode()
+    raw = struct.pack("<Q", len(text)) + text
+    digest = hashlib.sha256(raw).hexdigest()
+    return raw.replace(b"0" * 64, digest.encode()) + data[8 + size :]
+
+
+def set_in(path, value):
+    def change(header, description):
+        tree = description
+        for key in path[:-1]:
+            tree = tree[key]
+        tree[path[-1]] = value
+
+    return change
+
+
+HOSTILE = [
+    (["choices"], [2, 3, 200]),
+    (["choices"], []),
+    (["weight_kind"], "triple"),
+    (["norm"], "per_width"),
+    (["tables"], "float16"),
+    (["ends"], "int8"),
+    (["image_shape"], [2**19, 2**19, 1]),
+    (["image_shape"], [8, 8]),
+    (["mean"], [float("nan")]),
+    (["std"], [0]),
+    (["classes"], ["a"]),
+    (["features"], 10**9),
+    (["layers"], []),
+    (["layers", 0, "input"], [8, 8, 10**9]),
+    (["layers", 0, "previous"], 3),
+    (["layers", 2, "kernels", 0, 1], [3, 3, 8, 2**19]),
+    (["layers", 2, "kernels", 0, 2], [0, 0]),
+    (["layers", 2, "kernels", 0, 4], 8),
+    (["layers", 0, "name"], "stage2.block1.conv1"),
+    (["graph"], [["head", ["images"], ["x"]]]),
+    (["graph", 3, 0], "exec"),
+    (["graph", 3, 1], ["nowhere"]),
+    (["graph", 2, 3], "stage3.block1.conv1"),
+    (["graph", 0], None),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), HOSTILE)
+def test_a_hostile_description_is_one_line(path, value):
+    data = rewritten(pack(deployed("resnet8")), set_in(path, value))
+    with pytest.raises(UserError, match="file"):
+        unpack(data, "file")
+
+
+def test_the_untouched_description_passes_the_same_way():
+    unpack(rewritten(pack(deployed("resnet8")), lambda header, description: None), "file")
+
+
+def test_a_header_that_claims_more_than_the_file_holds_needs_no_memory():
+    for size in (2**63, 2**40, 2**25):
+        with pytest.raises(UserError, match="file"):
+            unpack(struct.pack("<Q", size) + b"{}", "file")
+
+
+def mutated(data, rng):
+    """One to four bytes changed, removed or put in, or a stretch copied over another."""
+    found = bytearray(data)
+    for _ in range(rng.integers(1, 5)):
+        place, other = rng.integers(len(found), size=2)
+        match rng.integers(4):
+            case 0:
+                found[place] ^= 1 << rng.integers(8)
+            case 1:
+                found[place] = rng.integers(256)
+            case 2:
+                del found[place : place + rng.integers(1, 9)]
+            case 3:
+                found[place : place + 8] = found[other : other + 8]
+    return bytes(found)
+
+
+def test_mutated_files_fail_or_are_unchanged():
+    data = pack(deployed("resnet8"))
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        changed = mutated(data, rng)
+        if changed == data:
+            continue
+        with pytest.raises(UserError):
+            unpack(changed, "file")
