@@ -19,9 +19,14 @@ if TYPE_CHECKING:
         sample_random,
         sample_uniform,
         save_policy,
+        with_widths,
     )
+    from bitmixer_jax.controller import Controller
+    from bitmixer_jax.cost import costs
     from bitmixer_jax.errors import UserError
+    from bitmixer_jax.front import load_front
     from bitmixer_jax.models import create_model
+    from bitmixer_jax.runtime import Runtime
 
 _HOME = {
     "BitSpace": "bits",
@@ -31,20 +36,30 @@ _HOME = {
     "sample_random": "bits",
     "sample_uniform": "bits",
     "save_policy": "bits",
+    "with_widths": "bits",
+    "Controller": "controller",
+    "costs": "cost",
     "UserError": "errors",
+    "load_front": "front",
     "create_model": "models",
+    "Runtime": "runtime",
 }
 __all__ = [
     "BitSpace",
+    "Controller",
+    "Runtime",
     "UserError",
     "__version__",
+    "costs",
     "create_model",
+    "load_front",
     "load_policy",
     "sample_average",
     "sample_mixed",
     "sample_random",
     "sample_uniform",
     "save_policy",
+    "with_widths",
 ]
 
 

@@ -50,8 +50,11 @@ def check_new(path: pathlib.Path, what: str = "") -> None:
         raise UserError(f"{named}: cannot write to it; name a file")
 
 
-def check_free(path: pathlib.Path, overwrite: bool = False, what: str = "--out") -> None:
-    """Says before the work that a file could not be written or is there. As `check_new`."""
-    check_new(path, what)
+def check_free(
+    path: pathlib.Path, overwrite: bool = False, what: str = "--out", folder: bool = False
+) -> None:
+    """Says before the work that a file, or folder, cannot be written or is there: `check_new`."""
+    if not (folder and path.is_dir()):
+        check_new(path, what)
     if path.exists() and not overwrite:
-        raise UserError(f"{what} {path}: a file is there already; name another, or --overwrite")
+        raise UserError(f"{what} {path}: it is there already; name another, or --overwrite")

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -94,10 +94,7 @@ class Runtime:
         self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         own = {name: variables[name] for name in ("params", "batch_stats")}
         self._variables = jax.device_put(own, jax.local_devices()[0])
-        self._visited = _visited_pairs(model, own["batch_stats"])
-        self._choices = np.asarray(self.space.choices)
-        self._layer = np.arange(model.num_layers)
-        self._before = np.asarray([max(layer.previous, 0) for layer in model.layers])
+        self._read_policy = _policy_reader(model, own["batch_stats"])
         self._compiling = threading.Lock()
         self._most_specialized = specialized
         self._specialized: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
@@ -248,14 +245,14 @@ class Runtime:
     def _as_policy(self, policy: Any) -> _Policy:
         """Checks the widths; of pairs that training never visited it takes note alone."""
         if _is_whole(policy):
-            policy = np.full(self.model.num_layers, policy)
-        widths = self.space.check(policy, len(self._layer))
-        if widths.ndim != 1:
-            raise UserError(f"policy: got {len(widths)} policies; give one, a width for each layer")
-        widths.flags.writeable = False
-        index = np.searchsorted(self._choices, widths)
-        known = bool(self._visited[self._layer, index[self._before], index].all())
-        return _Policy(widths, tuple(widths.tolist()), known)
+            policy = (policy,) * self.model.num_layers
+        if not (isinstance(policy, np.ndarray) and policy.dtype == np.int32 and policy.ndim == 1):
+            policy = self.space.check(policy, self.model.num_layers)
+            if policy.ndim != 1:
+                raise UserError(
+                    f"policy: got {len(policy)} policies; give one, a width for each layer"
+                )
+        return self._read_policy(policy.tobytes())
 
     def _checked(self, policy: Any) -> _Policy:
         chosen = self._as_policy(policy)
@@ -286,6 +283,23 @@ class Runtime:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _policy_reader(model: Network, batch_stats: Any) -> Callable[[bytes], _Policy]:
+    """What checks the int32 widths in some bytes; it remembers those that it checked last."""
+    visited = _visited_pairs(model, batch_stats)
+    layer = np.arange(model.num_layers)
+    before = np.asarray([max(layer.previous, 0) for layer in model.layers])
+
+    @functools.lru_cache(maxsize=4096)
+    def read(widths: bytes) -> _Policy:
+        policy = model.space.check(np.frombuffer(widths, np.int32), model.num_layers)
+        policy.flags.writeable = False
+        index = np.searchsorted(model.space.choices, policy)
+        known = bool(visited[layer, index[before], index].all())
+        return _Policy(policy, tuple(policy.tolist()), known)
+
+    return read
 
 
 def _visited_pairs(model: Network, batch_stats: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The command line: ``bitmixer train | evaluate | cost | search | front | prepare | benchmark``.
+"""The command line: ``bitmixer train | evaluate | cost | search | front | export | predict ...``.
 
 Exit status: 0; 2 for a user's mistake (one line on standard error); 143 after SIGTERM and 130
 after an interrupt, once the state is saved. Heavy imports wait until a command runs.
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from bitmixer_jax.cli import policies, training
+from bitmixer_jax.cli import exports, policies, training
 from bitmixer_jax.cli.common import Parser
 
 
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    for group in (training, policies):
+    for group in (training, policies, exports):
         group.add(command)
     return parser
 

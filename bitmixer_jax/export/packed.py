@@ -196,6 +196,20 @@ def load_packed(path: str | pathlib.Path, planes: int | None = None) -> Deployed
     return unpack(data, str(path), planes)
 
 
+def plane_ends(path: str | pathlib.Path) -> list[tuple[int, int]]:
+    """Where a whole packed file may be cut: (number of planes, bytes), in ascending order.
+
+    Empty if its widths are not nested. Raises as `load_packed`.
+    """
+    data = pathlib.Path(path).read_bytes()
+    header, _, start = _header(Reader(str(path)), data)
+    planes = [name for name in header if name.startswith("plane.")]
+    if any(name.count(".") > 1 for name in planes):
+        return []
+    ends = sorted(start + header[name]["data_offsets"][1] for name in planes)
+    return list(enumerate(ends, start=1))
+
+
 def unpack(data: bytes, where: str, planes: int | None = None) -> Deployed:
     """Reads the bytes of a packed file; ``where`` names them in errors. See `load_packed`."""
     read = Reader(where)

@@ -1,0 +1,298 @@
+"""What the command line does with a workdir: export it, and verify what was written.
+
+An export is written beside its place, loaded again in its own engine, compared with the network on
+real images, and only then takes its place; the report lies beside it, as OUT.report.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bitmixer_jax import data as datasets
+from bitmixer_jax.bits import closest
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.evaluation import random_policies
+from bitmixer_jax.export.deployed import Deployed, deploy
+from bitmixer_jax.export.packed import load_packed, save_packed
+from bitmixer_jax.export.verify import EXACT, Engine, Tolerance, require, summary, verify
+from bitmixer_jax.files import check_free
+from bitmixer_jax.models import Network
+from bitmixer_jax.pairs import never_visited
+from bitmixer_jax.runs import choose_policy
+from bitmixer_jax.runtime import Runtime
+from bitmixer_jax.training import Run, load_trained
+from bitmixer_jax.training.checkpoints import digest, read_config
+
+FORMATS = ("packed", "onnx", "pytorch", "safetensors", "stablehlo")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to export, and how to verify it.
+
+    Attributes:
+      format: one of FORMATS.
+      policy: as `bits.parse_policy` reads it; for onnx: that policy alone. Empty: all policies.
+      changes: to the policy, as `bits.parse_changes` reads them.
+      carrier: of the weights of one policy in ONNX: "int8", "int4" or "int2".
+      tables: dtype of the norms in a packed file: "float32" or "float16".
+      images: test images to compare on (no labels are used).
+      random: random policies to compare, beside the uniform ones.
+      seed: of these.
+      data_dir: instead of the one that training used.
+    """
+
+    format: str
+    policy: str = ""
+    changes: Sequence[str] = ()
+    carrier: str = "int8"
+    tables: str = "float32"
+    images: int = 500
+    random: int = 10
+    seed: int = 0
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that do not go together."""
+        if self.format not in FORMATS:
+            hint = closest(self.format, FORMATS)
+            raise UserError(f"--format {self.format!r}: unknown{hint}; one of {', '.join(FORMATS)}")
+        for name, value, usual, only in (
+            ("--policy", self.policy, "", "onnx"),
+            ("--carrier", self.carrier, "int8", "onnx"),
+            ("--tables", self.tables, "float32", "packed"),
+        ):
+            if value != usual and self.format != only:
+                raise UserError(f"{name} {value}: of --format {only} alone")
+        if self.carrier != "int8" and not self.policy:
+            raise UserError("--carrier: of one policy alone; give --policy")
+        if self.changes and not self.policy:
+            raise UserError("--set changes a policy: give one, such as --policy 4")
+        for name, number in (("--images", self.images), ("--random", self.random)):
+            if number < 1:
+                raise UserError(f"{name} {number}: give 1 or more")
+
+
+class _Source:
+    """The network to export, and its answers."""
+
+    def __init__(self, workdir: str, settings: Settings):
+        self.run: Run
+        self.model: Network
+        self.run, self.model, self.variables = load_trained(workdir)
+        if self.model.quant.space is None:
+            raise UserError(f"{workdir}: a float twin has no widths; export what was made from it")
+        self.runtime = Runtime.load(workdir)
+        self.policy = None
+        if settings.policy:
+            self.policy = choose_policy(self.model, settings.policy, settings.changes)
+            self.runtime.check(self.policy)
+        data_dir = settings.data_dir or self.run.data_dir or None
+        test = datasets.load(self.run.dataset, self.run.test_split, data_dir)
+        self.images = test.images[: settings.images]
+        folder = workdir if pathlib.Path(workdir).is_dir() else workdir.rpartition("@")[0]
+        about = read_config(pathlib.Path(folder))["made_for"]
+        self.deployed: Deployed = deploy(
+            self.model,
+            self.variables,
+            mean=about["mean"],
+            std=about["std"],
+            classes=tuple(about["classes"]),
+            network=digest(self.variables),
+            about={"model": dict(self.run.model), "dataset": self.run.dataset},
+        )
+
+    def policies(self, settings: Settings) -> list[np.ndarray]:
+        """Those to compare: uniform and random ones whose pairs training visited."""
+        if self.policy is not None:
+            return [self.policy]
+        space, layers = self.model.space, self.model.num_layers
+        asked = [space.uniform(width, layers) for width in space.choices]
+        asked += list(random_policies(self.model, settings.random, settings.seed))
+        stats = self.variables["batch_stats"]
+        known = [p for p in asked if not never_visited(self.model, stats, p[None])]
+        if not known:
+            raise UserError("export: training visited all pairs of no policy; train for longer")
+        return known
+
+
+def export_workdir(
+    workdir: str, out: pathlib.Path, settings: Settings, overwrite: bool = False
+) -> list[str]:
+    """Exports a trained network to ``out``, a file (a folder for pytorch), and verifies it.
+
+    Returns:
+      lines that say what was written.
+
+    Raises:
+      UserError: no trained network there, ``out`` exists, an engine is not installed, or the export
+        does not agree with the network (then nothing is written).
+    """
+    check_free(out, overwrite, folder=settings.format == "pytorch")
+    source = _Source(workdir, settings)
+    partial = out.with_name(f".{out.name}.partial")
+    _remove(partial)
+    try:
+        partial.mkdir()
+        made = partial / out.name
+        what, engine, tolerance = _WRITERS[settings.format](source, made, settings)
+        report = verify(
+            what,
+            source.runtime.predict,
+            engine,
+            source.images,
+            source.policies(settings),
+            tolerance,
+        )
+        report |= {"network": source.deployed.network, "bytes": _size(made)}
+        require(report)
+        _remove(out)
+        made.rename(out)
+        beside = out.with_name(f"{out.name}.report.json")
+        beside.write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
+    finally:
+        _remove(partial)
+    lines = [summary(report), f"written: {out} ({report['bytes']:,} bytes), {beside.name}"]
+    return [*_sizes(source.deployed, out, settings), *lines] if what == "packed" else lines
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _size(path: pathlib.Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _packed(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
+    save_packed(path, source.deployed, settings.tables)
+    runtime = Runtime.load(path)
+    if settings.tables == "float16":  # rounded tables: every logit moves a little
+        return "packed", runtime.predict, Tolerance(logits=0.1, share=0.05)
+    return "packed", runtime.predict, EXACT
+
+
+def _onnx(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
+    from bitmixer_jax.export.onnx_graph import OnnxRunner, policy_model, save_onnx, switchable_model
+
+    if source.policy is None:
+        save_onnx(path, switchable_model(source.deployed))
+    else:
+        save_onnx(path, policy_model(source.deployed, source.policy, carrier=settings.carrier))
+    runners = [OnnxRunner(path, optimization=level) for level in ("basic", "default")]
+    given = source.policy is None
+
+    def both(images: np.ndarray, policy: np.ndarray) -> np.ndarray:
+        """The default level's answer, or none where the basic level gives another class."""
+        basic, usual = (runner(images, policy if given else None) for runner in runners)
+        if (basic.argmax(-1) != usual.argmax(-1)).mean() > 0.005:
+            return np.full_like(usual, np.nan)
+        return usual
+
+    tolerance = Tolerance() if given else Tolerance(logits=1e-2, share=0.05)
+    return "onnxruntime, basic and default optimisation", both, tolerance
+
+
+def _pytorch(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
+    from bitmixer_jax.export.pytorch import TorchRunner, export_pytorch
+
+    export_pytorch(source.deployed, path)
+    return "pytorch", TorchRunner(path), Tolerance()
+
+
+def _safetensors(
+    source: _Source, path: pathlib.Path, settings: Settings
+) -> tuple[str, Engine, Any]:
+    from bitmixer_jax.export.raw import export_raw, load_raw
+
+    deployed = source.deployed
+    export_raw(
+        source.variables,
+        path,
+        {
+            "format": "bitmixer-variables",
+            "model": json.dumps(dict(source.run.model)),
+            "choices": json.dumps(deployed.space.choices),
+            "classes": json.dumps(deployed.classes),
+            "mean": json.dumps(deployed.mean.tolist()),
+            "std": json.dumps(deployed.std.tolist()),
+            "network": deployed.network,
+        },
+    )
+    again = Runtime(
+        source.model,
+        load_raw(path),
+        mean=deployed.mean,
+        std=deployed.std,
+        classes=deployed.classes,
+    )
+    return "jax, variables read back", again.predict, EXACT
+
+
+def _stablehlo(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
+    from bitmixer_jax.export.stablehlo import StablehloRunner, export_stablehlo
+
+    export_stablehlo(source.deployed, path)
+    return "stablehlo", StablehloRunner(path), Tolerance()
+
+
+_WRITERS = {
+    "packed": _packed,
+    "onnx": _onnx,
+    "pytorch": _pytorch,
+    "safetensors": _safetensors,
+    "stablehlo": _stablehlo,
+}
+
+
+def _sizes(deployed: Deployed, path: pathlib.Path, settings: Settings) -> list[str]:
+    """A Markdown table of sizes: what this file takes, and weights at other widths."""
+    weights = sum(layer.info.params for layer in deployed.layers)
+    stem = deployed.stem
+    ends = deployed.head.kernel.nbytes + deployed.head.bias.nbytes
+    info = getattr(stem, "info", None)
+    ends += getattr(stem, "kernel", np.zeros(0)).nbytes or sum(k.params for k in info.kernels)
+    size = path.stat().st_size
+    tables = sum(2 * k.multiplier.size for layer in deployed.layers for k in layer.kernels)
+    tables *= 4 if settings.tables == "float32" else 2
+    widest = deployed.space.widest
+    bare = weights * widest / 8 + ends
+    rows = ["| | bytes |", "|---|---|", f"| float32 weights | {4 * weights + ends:,.0f} |"]
+    for width in sorted({8, 4, 3, 2, *deployed.space.choices}, reverse=True):
+        rows.append(f"| {width}-bit weights and ends, bare | {weights * width / 8 + ends:,.0f} |")
+    rows += [
+        f"| this file: all widths up to {widest} bits | {size:,} "
+        f"({100 * (size / bare - 1):+.1f}% over bare {widest}-bit) |",
+        f"| of it norms of all pairs of widths, {settings.tables} | {tables:,} |",
+    ]
+    for planes, width in _cuts(path):
+        rows.append(f"| cut to {width} bits ({planes[0]} planes) | {planes[1]:,} |")
+    return rows
+
+
+def _cuts(path: pathlib.Path) -> list[tuple[tuple[int, int], int]]:
+    """((planes, bytes), widest width) of each narrower file that this one can be cut to."""
+    from bitmixer_jax.export.packed import plane_ends
+
+    found = []
+    for planes, end in plane_ends(path):
+        try:
+            found.append(((planes, end), load_packed(path, planes).space.widest))
+        except UserError:  # too few planes for any width
+            continue
+    kept = {width: entry for entry, width in reversed(found)}  # the least planes of each width
+    widest = max(kept, default=0)
+    return [(kept[width], width) for width in sorted(kept, reverse=True) if width != widest]
