@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import hashlib
 import json
 import math
 import pathlib
@@ -247,7 +248,7 @@ def save_policy(
         ``overwrite`` is false.
     """
     widths = space.check(policy, len(names))
-    taken = {"format", "version", "choices", "layers"} & set(notes)
+    taken = {"format", "version", "choices", "layers", "sha256"} & set(notes)
     if taken:
         raise UserError(
             f"policy file: the note {taken.pop()!r} is a field of the format; rename it"
@@ -259,14 +260,22 @@ def save_policy(
         "layers": {name: int(width) for name, width in zip(names, widths, strict=True)},
         **notes,
     }
+    content["sha256"] = _policy_digest(content)
     write_new(path, json.dumps(content, indent=2) + "\n", overwrite=overwrite)
+
+
+def _policy_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what a policy file says of widths."""
+    said = json.dumps([content.get("choices"), content.get("layers")], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def load_policy(path: str | pathlib.Path, names: Sequence[str], space: BitSpace) -> np.ndarray:
     """Reads a policy file for the network whose layers are called ``names``: int32 ``[L]``.
 
     Raises:
-      UserError: the file is missing, not a policy file, or made for other layers or choices.
+      UserError: the file is missing, not a policy file, damaged, or made for other layers or
+        choices.
     """
     path = pathlib.Path(path)
     try:
@@ -286,6 +295,11 @@ def load_policy(path: str | pathlib.Path, names: Sequence[str], space: BitSpace)
         raise UserError(
             f"{path}: made for widths {content.get('choices')}; "
             f"this network has {list(space.choices)}"
+        )
+    summed = difflib.get_close_matches("sha256", content, n=1, cutoff=0.5)
+    if summed and content.get("sha256") != _policy_digest(content):
+        raise UserError(
+            f'{path}: widths and checksum differ; if you edited it, remove its line "sha256"'
         )
     layers = content.get("layers")
     if not isinstance(layers, Mapping):

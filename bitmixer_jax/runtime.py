@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,10 +24,7 @@ import numpy as np
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.data import normalize
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.models import Network
-from bitmixer_jax.pairs import covering_policies, never_visited
-from bitmixer_jax.training import load_trained
-from bitmixer_jax.training.checkpoints import digest, read_config
+from bitmixer_jax.runnable import Runnable, load
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,48 +50,38 @@ class Runtime:
     at one policy, whole.
 
     Attributes:
-      model: the network.
+      space, names: choices of width, and the layers' names.
       classes: name of each class.
+      image_shape: ``(H, W, C)`` of the images that it takes.
+      network: digest of the weights: a front that was searched for them carries the same.
       batch_size: images that one call of the compiled programme runs.
       traces: compilations so far: one, and one for each policy that was specialised.
     """
 
-    def __init__(
-        self,
-        model: Network,
-        variables: Any,
-        *,
-        mean: Any,
-        std: Any,
-        classes: Sequence[str],
-        batch_size: int = 64,
-        specialized: int = 4,
-    ):
+    def __init__(self, runnable: Runnable, *, batch_size: int = 64, specialized: int = 4):
         """Places the weights and compiles. The policy in force is the widest width everywhere.
 
         Args:
-          variables: "params" and "batch_stats" of the network.
-          mean, std: ``[C]`` of the training data, in units of 0..255.
-          classes: ``[num_classes]`` names.
+          runnable: the network.
           batch_size: larger inputs run in parts of so many, the last one padded.
           specialized: most policies that have a programme of their own (`specialize`).
 
         Raises:
-          UserError: a float twin, or a setting below 1.
+          UserError: a setting below 1.
         """
         for name, value in (("batch_size", batch_size), ("specialized", specialized)):
             if not _is_whole(value) or value < 1:
                 raise UserError(f"{name} = {value!r}: give a whole number, 1 or more")
-        self.model = model
-        self.space: BitSpace = model.space  # refuses a float twin
-        self.names = model.names
-        self.classes = tuple(classes)
+        self._runnable = runnable
+        self.space: BitSpace = runnable.space
+        self.names = runnable.names
+        self.classes = runnable.classes
+        self.image_shape = runnable.image_shape
+        self.network = runnable.network
         self.batch_size = batch_size
         self.traces = 0
-        self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        own = {name: variables[name] for name in ("params", "batch_stats")}
-        self._variables = jax.device_put(own, jax.local_devices()[0])
-        self._read_policy = _policy_reader(model, own["batch_stats"])
+        self._weights = jax.device_put(runnable.weights, jax.local_devices()[0])
+        self._read_policy = _policy_reader(runnable)
         self._compiling = threading.Lock()
         self._most_specialized = specialized
         self._specialized: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
@@ -106,34 +93,17 @@ class Runtime:
     def load(
         cls, source: str | pathlib.Path, *, batch_size: int = 64, specialized: int = 4
     ) -> Runtime:
-        """Loads a trained network.
+        """Loads a trained network: simulated from a workdir, in integers from a packed file.
 
         Args:
-          source: WORKDIR (its newest checkpoint), or WORKDIR@STAGE (the end of that stage).
+          source: WORKDIR (its newest checkpoint), WORKDIR@STAGE (the end of that stage), or a
+            packed file.
           batch_size, specialized: see `Runtime`.
 
         Raises:
-          UserError: no trained network there, or a float twin.
+          UserError: no trained network there, a damaged file, or a float twin.
         """
-        _, model, variables = load_trained(source)
-        folder = str(source).rpartition("@")[0]
-        if not folder or pathlib.Path(source).exists():
-            folder = str(source)
-        about = read_config(pathlib.Path(folder))["made_for"]
-        return cls(
-            model,
-            variables,
-            mean=about["mean"],
-            std=about["std"],
-            classes=about["classes"],
-            batch_size=batch_size,
-            specialized=specialized,
-        )
-
-    @functools.cached_property
-    def network(self) -> str:
-        """Digest of the weights: a front that was searched for them carries the same."""
-        return digest(self._variables)
+        return cls(load(source), batch_size=batch_size, specialized=specialized)
 
     @property
     def policy(self) -> np.ndarray:
@@ -184,16 +154,16 @@ class Runtime:
             if own is not None:
                 self._specialized.move_to_end(chosen.key)
         size = self.batch_size
-        logits = np.empty((len(images), self.model.num_classes), np.float32)
+        logits = np.empty((len(images), len(self.classes)), np.float32)
         for start in range(0, len(images), size):
             part = images[start : start + size]
             number = len(part)
             if number < size:
                 part = np.concatenate([part, np.zeros((size - number, *part.shape[1:]), np.uint8)])
             if own is None:
-                found = self._any_policy(self._variables, part, chosen.widths)
+                found = self._any_policy(self._weights, part, chosen.widths)
             else:
-                found = own(self._variables, part)
+                found = own(self._weights, part)
             logits[start : start + number] = np.asarray(found)[:number]
         if not np.isfinite(logits).all():
             raise UserError(
@@ -231,23 +201,24 @@ class Runtime:
         Compiled before its first call, so it refuses what would make `jit` compile again.
         """
 
-        def forward(variables: Any, images: jax.Array, *widths: jax.Array) -> Any:
-            self.traces += 1
-            x = normalize(images, self._mean, self._std)
-            bits = widths[0] if static is None else static
-            return self.model.apply(variables, x, bits=bits, train=False)
+        run = self._runnable
 
-        shapes = [jax.ShapeDtypeStruct((self.batch_size, *self.model.image_shape), np.uint8)]
+        def forward(weights: Any, images: jax.Array, *widths: jax.Array) -> Any:
+            self.traces += 1
+            x = normalize(images, run.mean, run.std)
+            return run.forward(weights, x, widths[0] if static is None else static)
+
+        shapes = [jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), np.uint8)]
         if static is None:
-            shapes.append(jax.ShapeDtypeStruct((self.model.num_layers,), np.int32))
-        return jax.jit(forward).lower(self._variables, *shapes).compile()
+            shapes.append(jax.ShapeDtypeStruct((len(self.names),), np.int32))
+        return jax.jit(forward).lower(self._weights, *shapes).compile()
 
     def _as_policy(self, policy: Any) -> _Policy:
         """Checks the widths; of pairs that training never visited it takes note alone."""
         if _is_whole(policy):
-            policy = (policy,) * self.model.num_layers
+            policy = (policy,) * len(self.names)
         if not (isinstance(policy, np.ndarray) and policy.dtype == np.int32 and policy.ndim == 1):
-            policy = self.space.check(policy, self.model.num_layers)
+            policy = self.space.check(policy, len(self.names))
             if policy.ndim != 1:
                 raise UserError(
                     f"policy: got {len(policy)} policies; give one, a width for each layer"
@@ -261,8 +232,7 @@ class Runtime:
         return chosen
 
     def _unknown_pairs(self, policy: _Policy) -> UserError:
-        stats = self._variables["batch_stats"]
-        missing = never_visited(self.model, stats, policy.widths[None])
+        missing = self._runnable.unvisited(policy.widths)
         layer, before, own = missing[0]
         return UserError(
             f"policy {list(policy.key)}: {len(missing)} of its pairs of widths were never visited "
@@ -271,12 +241,12 @@ class Runtime:
         )
 
     def _check_images(self, images: Any) -> np.ndarray:
-        wanted = f"give uint8 (N, {', '.join(map(str, self.model.image_shape))}), N at least 1"
+        wanted = f"give uint8 (N, {', '.join(map(str, self.image_shape))}), N at least 1"
         try:
             given = np.asarray(images)
         except ValueError:
             raise UserError(f"images: of different shapes; {wanted}") from None
-        if given.dtype != np.uint8 or given.shape[1:] != self.model.image_shape or not len(given):
+        if given.dtype != np.uint8 or given.shape[1:] != self.image_shape or not len(given):
             raise UserError(f"images: got {given.dtype} {given.shape}; {wanted}")
         return given
 
@@ -285,28 +255,13 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _policy_reader(model: Network, batch_stats: Any) -> Callable[[bytes], _Policy]:
+def _policy_reader(run: Runnable) -> Callable[[bytes], _Policy]:
     """What checks the int32 widths in some bytes; it remembers those that it checked last."""
-    visited = _visited_pairs(model, batch_stats)
-    layer = np.arange(model.num_layers)
-    before = np.asarray([max(layer.previous, 0) for layer in model.layers])
 
     @functools.lru_cache(maxsize=4096)
     def read(widths: bytes) -> _Policy:
-        policy = model.space.check(np.frombuffer(widths, np.int32), model.num_layers)
+        policy = run.space.check(np.frombuffer(widths, np.int32), len(run.names))
         policy.flags.writeable = False
-        index = np.searchsorted(model.space.choices, policy)
-        known = bool(visited[layer, index[before], index].all())
-        return _Policy(policy, tuple(policy.tolist()), known)
+        return _Policy(policy, tuple(policy.tolist()), not run.unvisited(policy))
 
     return read
-
-
-def _visited_pairs(model: Network, batch_stats: Any) -> np.ndarray:
-    """Which pairs training visited: bool ``[L, n, n]`` by layer, width before, own width."""
-    visited = np.ones((model.num_layers, model.space.n, model.space.n), bool)
-    place = {name: i for i, name in enumerate(model.names)}
-    for layer, before, own in never_visited(model, batch_stats, covering_policies(model)):
-        rows = model.space.index(before) if before else slice(None)
-        visited[place[layer], rows, model.space.index(own)] = False
-    return visited

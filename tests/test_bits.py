@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 
 import bitmixer_jax as bm
-from bitmixer_jax.bits import parse_policy
+from bitmixer_jax.bits import parse_changes, parse_policy, with_widths
 
 SPACE = bm.BitSpace((2, 3, 4))
 NAMES = ("stage1.conv1", "stage1.conv2", "stage2.conv1")
@@ -354,3 +354,82 @@ def test_parse_policy_reads_a_file(saved):
 def test_parse_policy_refuses_anything_else(text):
     with pytest.raises(bm.UserError):
         parse_policy(text, NAMES, SPACE)
+
+
+# --- some layers changed ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "policy"),
+    [
+        ({}, [4, 3, 2]),
+        ({"stage1.conv2": 2}, [4, 2, 2]),
+        ({"stage1.*": 2}, [2, 2, 2]),
+        ({"*.conv1": 3}, [3, 3, 3]),
+        ({"*": 3}, [3, 3, 3]),
+        ({"stage?.conv[2]": 4}, [4, 4, 2]),
+        ({"stage[!1]*": 4}, [4, 3, 4]),
+        ({"*": 2, "stage1.*": 3, "stage1.conv1": 4}, [4, 3, 2]),
+        ({"stage1.conv1": 2, "*": 3}, [3, 3, 3]),
+    ],
+)
+def test_with_widths_changes_the_layers_of_a_name_or_pattern_in_order(changes, policy):
+    assert with_widths([4, 3, 2], changes, NAMES, SPACE).tolist() == policy
+
+
+def test_with_widths_leaves_the_policy_it_was_given():
+    policy = np.asarray([4, 3, 2], np.int32)
+    changed = with_widths(policy, {"*": 2}, NAMES, SPACE)
+    assert policy.tolist() == [4, 3, 2]
+    assert changed.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("stage1.covn2", "did you mean stage1.conv2"),
+        ("stag1.*", r"did you mean stage1\.\*"),
+        ("*.cnov1", r"did you mean .*\*\.conv1"),
+        ("stage1", "did you mean|they are stage1.conv1, ..., stage2.conv1"),
+        ("head", r"\(they are stage1.conv1, ..., stage2.conv1\)"),
+        ("", r"\(they are stage1.conv1"),
+        ("STAGE1.CONV1", "no layer is called 'STAGE1.CONV1'"),
+        ("stage1.conv[", "no layer is called"),
+    ],
+)
+def test_with_widths_names_the_nearest_of_an_unknown_layer(name, hint):
+    with pytest.raises(bm.UserError, match=hint) as caught:
+        with_widths([4, 3, 2], {"stage2.conv1": 3, name: 2}, NAMES, SPACE)
+    assert "no layer is called" in str(caught.value)
+
+
+@pytest.mark.parametrize("width", [1, 5, 0, -2, True, 2.0, "2", None, 2**70])
+def test_with_widths_refuses_a_width_that_is_not_a_choice(width):
+    with pytest.raises(bm.UserError, match=r"stage1.\*=.*choose a width from \(2, 3, 4\)"):
+        with_widths([4, 3, 2], {"stage1.*": width}, NAMES, SPACE)
+
+
+@pytest.mark.parametrize("policy", [[4, 3], [4, 3, 5], [4.0, 3.0, 2.0]])
+def test_with_widths_refuses_a_policy_that_does_not_fit(policy):
+    with pytest.raises(bm.UserError, match="policy: "):
+        with_widths(policy, {"*": 2}, NAMES, SPACE)
+
+
+def test_parse_changes_reads_layers_and_widths_in_order():
+    found = parse_changes(["stage1.*=2", "last=4", "a=b=3"])
+    assert list(found.items()) == [("stage1.*", 2), ("last", 4), ("a=b", 3)]
+    assert parse_changes([]) == {}
+
+
+def test_of_two_changes_of_one_name_the_later_counts_in_its_place():
+    found = parse_changes(["stage1.conv1=2", "*=3", "stage1.conv1=4"])
+    assert list(found.items()) == [("*", 3), ("stage1.conv1", 4)]
+    assert with_widths([2, 2, 2], found, NAMES, SPACE).tolist() == [4, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "=", "=3", "stage1", "stage1=", "stage1=three", "stage1=-3", "stage1=3.0", "a=3="]
+)
+def test_parse_changes_refuses_anything_else(text):
+    with pytest.raises(bm.UserError, match="write LAYER=WIDTH"):
+        parse_changes(["stage1.*=2", text])

@@ -2,17 +2,19 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from bitmixer_jax import cli
-from bitmixer_jax.bits import save_policy
+from bitmixer_jax.bits import load_policy, save_policy
+from bitmixer_jax.front import load_front
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import Checkpoints
 
-COMMANDS = ("train", "evaluate", "prepare", "benchmark")
+COMMANDS = ("train", "evaluate", "cost", "search", "front", "prepare", "benchmark")
 
 
 @pytest.fixture
@@ -217,6 +219,161 @@ def test_recalibration_serves_unvisited_pairs_and_says_which(trained, tmp_path, 
 
 def test_float_twin_has_one_accuracy(trained_float, tmp_path):
     assert set(evaluated(trained_float, tmp_path / "out.json")) == {"examples", "float"}
+
+
+# Policies: what they cost, searching for them, changing them.
+
+
+@pytest.fixture(scope="module")
+def searched(trained, tmp_path_factory):
+    """A copy of the trained run: searches write into it."""
+    return shutil.copytree(trained, tmp_path_factory.mktemp("searched") / "run")
+
+
+def test_policy_with_changed_layers_is_evaluated(trained, tmp_path):
+    words = ("--no-uniform", "--policy", "4", "--set", "stage2.*=2", "--set", "*.conv2=3")
+    result = evaluated(trained, tmp_path / "out.json", *words)
+    assert result["policy"]["widths"] == [4, 3, 2, 3, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stage2.blok1.conv1=2", "did you mean stage2.block1.conv1"),
+        ("stage4.*=2", "no layer is called 'stage4.*'; did you mean"),
+        ("stage2.*=5", "choose a width from (2, 3, 4)"),
+        ("stage2.*", "write LAYER=WIDTH"),
+    ],
+)
+@pytest.mark.parametrize("name", ["evaluate", "cost"])
+def test_change_that_does_not_fit_is_one_line(fails, trained, name, change, message):
+    said = fails(name, "--workdir", trained, "--policy", "4", "--set", change)
+    assert message in said
+
+
+def test_change_of_no_policy_is_one_line(fails, trained):
+    assert "give one, such as --policy 4" in fails(
+        "evaluate", "--workdir", trained, "--set", "stage2.*=2"
+    )
+
+
+def test_cost_of_a_policy_with_changed_layers_is_shown_and_written(trained, tmp_path, capsys):
+    _, model, _ = load_trained(trained)
+    out = tmp_path / "policy.json"
+    words = ("--set", "stage?.block1.conv1=2", "--set", "stage1.block1.conv1=3", "--out", str(out))
+    assert cli.main(["cost", "--workdir", str(trained), *words]) == 0
+    said = capsys.readouterr().out
+    assert load_policy(out, model.names, model.space).tolist() == [3, 4, 2, 4, 2, 4]
+    assert said.startswith("policy 3,4,2,4,2,4\n")
+    for name in ("avg_bits", "bitops", "bytes", "activation_bytes", "activation peak"):
+        assert name in said
+    assert "3.16667 bits" in said
+    assert f"written: {out}" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("resnet18", 16), ("mobilenetv2", 51), ("resnet20", 18)]
+)
+def test_cost_knows_networks_by_name(capsys, name, layers):
+    assert cli.main(["cost", "--model", name, "--policy", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f"policy {','.join(['2'] * layers)}\n" in said
+    assert "25.0%" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "resnet19"), "did you mean"),
+        (("--model", "resnet20", "--policy", "5"), "width 5"),
+        (("--model", "resnet20", "--policy", "4,3"), "2 widths for a network of 18 layers"),
+        (("--model", "resnet20", "--latency", "none.json"), "no such latency file"),
+        (("--model", "resnet20", "--out", "none/policy.json"), "--out"),
+        (("--workdir", "none"), "no run here"),
+    ],
+)
+def test_cost_of_what_there_is_not_is_one_line(fails, words, message):
+    assert message in fails("cost", *words)
+
+
+def test_cost_of_a_float_twin_is_refused(fails, trained_float):
+    assert "float twin" in fails("cost", "--workdir", trained_float)
+
+
+def test_cost_does_not_overwrite_unasked(fails, tmp_path):
+    out = tmp_path / "policy.json"
+    out.write_text("mine")
+    assert "--overwrite" in fails("cost", "--model", "resnet20", "--out", out)
+    assert out.read_text() == "mine"
+    words = ["cost", "--model", "resnet20", "--out", str(out), "--overwrite"]
+    assert cli.main(words) == 0
+    assert json.loads(out.read_text())["format"] == "bitmixer-policy"
+
+
+def test_search_writes_a_policy_that_can_be_evaluated(searched, tmp_path, capsys):
+    out = tmp_path / "policy.json"
+    words = ("--method", "random", "--evaluations", "6", "--images", "64", "--out", str(out))
+    budget = ("--budget", "avg_bits=3", "--budget", "bitops=80%")
+    assert cli.main(["search", "--workdir", str(searched), *budget, *words]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Test data: 100 images, read once, after the search." in said
+    assert said.endswith(f"policy: {out}")
+    found = json.loads(out.read_text())
+    assert set(found["budget"]) == {"avg_bits", "bitops"}
+    result = evaluated(searched, tmp_path / "out.json", "--no-uniform", "--policy", str(out))
+    assert result["policy"]["top1"] == found["test"]["top1"]
+    assert result["policy"]["widths"] == list(found["layers"].values())
+
+
+def test_front_writes_a_front_and_its_plots(searched, tmp_path, capsys):
+    out = tmp_path / "front"
+    words = ("--method", "random", "--evaluations", "6", "--images", "64", "--random", "3")
+    assert cli.main(["front", "--workdir", str(searched), *words, "--out", str(out)]) == 0
+    assert "read once, after the search." in " ".join(capsys.readouterr().out.split())
+    _, model, _ = load_trained(searched)
+    front = load_front(out / "front.json", model.names, model.space)
+    assert front.cost == "bitops"
+    assert {path.name for path in out.iterdir()} == {"front.json", "front.png", "widths.png"}
+
+
+SEARCH = ("search", "--budget", "avg_bits=3", "--images", "64")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*SEARCH, "--method", "gredy"), "did you mean greedy"),
+        ((*SEARCH, "--sensitivity", "guess"), "--sensitivity 'guess'"),
+        ((*SEARCH, "--evaluations", "0"), "--evaluations 0: give 1 or more"),
+        (("search", "--budget", "avg_bits=3", "--images", "0"), "--images 0: give 1 or more"),
+        ((*SEARCH, "--budget", "avg_bits=2"), "limited twice"),
+        ((*SEARCH, "--split", "test"), "that is test data"),
+        ((*SEARCH, "--split", "tset"), "unknown split"),
+        ((*SEARCH, "--latency", "none.json"), "no such latency file"),
+        ((*SEARCH, "--seed", "-1"), "give a whole number"),
+        (("search", "--budget", "avg_bits=1"), "[2, 4] bits"),
+        (("search", "--budget", "latency_ms=1"), "--latency"),
+        (("search", "--budget", "bit=1"), "unknown cost 'bit'"),
+        (("search",), "--budget"),
+        (("front", "--cost", "bitop"), "did you mean bitops"),
+        (("front", "--method", "evolve"), "--method 'evolve'"),
+        (("front", "--split", "test[:10]"), "that is test data"),
+        (("front", "--budget", "avg_bits=3"), "unknown arguments"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
+)
+def test_search_that_makes_no_sense_is_one_line(fails, searched, tmp_path, words, message):
+    out = tmp_path / "out"
+    assert message in fails(*words, "--workdir", searched, "--out", out)
+    assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.parametrize("words", [SEARCH, ("front",)], ids=["search", "front"])
+def test_search_of_a_float_twin_or_of_nothing_is_refused(fails, trained_float, tmp_path, words):
+    out = ("--out", tmp_path / "out")
+    assert "float twin" in fails(*words, "--workdir", trained_float, *out)
+    assert "no run here" in fails(*words, "--workdir", tmp_path / "none", *out)
+    assert "no stage" in fails(*words, "--workdir", f"{trained_float}@mixed", *out)
 
 
 # Help.

@@ -1,5 +1,10 @@
 """Evaluation: right counts for any policy, one compilation, and honest about what it cannot do."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,3 +195,115 @@ def test_block_selection_gives_the_layers_of_a_block_one_width(network):
     for group in set(groups.tolist()):
         assert (np.ptp(policies[:, groups == group], axis=1) == 0).all()
     assert len(np.unique(policies, axis=0)) > 10
+
+
+# Scores of many policies at once.
+
+
+def plain_scores(model, variables, dataset, policies):
+    """Accuracy and mean cross-entropy of each policy, from logits, in float64."""
+    x = data.normalize(jnp.asarray(dataset.images), dataset.mean, dataset.std)
+    forward = jax.jit(model.apply)
+    top1, loss = [], []
+    for policy in policies:
+        logits = np.asarray(forward(variables, x, bits=jnp.asarray(policy)), np.float64)
+        top1.append(np.mean(logits.argmax(-1) == dataset.labels))
+        chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        loss.append(-np.log(chances[np.arange(len(logits)), dataset.labels]).mean())
+    return np.asarray(top1), np.asarray(loss)
+
+
+def test_losses_are_the_mean_cross_entropy_of_the_logits(network, evaluator, digits):
+    _, model, variables = network
+    policies = random_policies(model, 5, seed=4)
+    top1, loss = plain_scores(model, variables, digits, policies)
+    scores = evaluator.scores(variables, policies)
+    # Of two programmes, one may round a code up where the other rounds it down.
+    np.testing.assert_allclose(scores.top1, top1, atol=0.011)
+    np.testing.assert_allclose(scores.loss, loss, rtol=1e-3)
+    assert scores.loss.dtype == scores.top1.dtype == np.float64
+    assert len(set(scores.loss.tolist())) == 5
+
+
+def test_policies_of_a_batch_score_as_each_does_alone(network, evaluator):
+    _, model, variables = network
+    policies = random_policies(model, 19, seed=5)  # one call of 16, one of 3
+    together = evaluator.scores(variables, policies)
+    alone = [evaluator.scores(variables, policy[None]) for policy in policies]
+    assert together.top1.tolist() == [score.top1[0] for score in alone]
+    assert together.loss.tolist() == [score.loss[0] for score in alone]
+    again = evaluator.scores(variables, policies[::-1])
+    assert again.loss.tolist() == together.loss[::-1].tolist()
+
+
+def test_batches_of_any_number_of_policies_are_one_trace(network, digits):
+    _, model, variables = network
+    small = Evaluator(model, digits, digits.mean, digits.std, batch_size=100, policies=4)
+    wanted = small.scores(variables, random_policies(model, 9, seed=6))
+    for number in (1, 3, 4, 5, 8):
+        found = small.scores(variables, random_policies(model, 9, seed=6)[:number])
+        assert found.loss.tolist() == wanted.loss[:number].tolist()
+        assert found.top1.tolist() == wanted.top1[:number].tolist()
+    assert small.traces == 1
+
+
+def test_no_policies_have_no_scores(network, evaluator):
+    _, model, variables = network
+    scores = evaluator.scores(variables, random_policies(model, 0, seed=0))
+    assert scores.top1.shape == scores.loss.shape == (0,)
+
+
+def test_padding_adds_nothing_to_losses(network, evaluator, digits):
+    _, model, variables = network
+    policies = random_policies(model, 3, seed=7)
+    padded = Evaluator(model, digits, digits.mean, digits.std, batch_size=30)
+    wanted = evaluator.scores(variables, policies).loss
+    np.testing.assert_allclose(padded.scores(variables, policies).loss, wanted, rtol=1e-3)
+
+
+def test_progress_wraps_the_calls_that_are_made(network, evaluator):
+    _, model, variables = network
+    seen = []
+
+    def progress(calls):
+        seen.append(len(calls))
+        return calls
+
+    evaluator.scores(variables, random_policies(model, 33, seed=8), progress)
+    assert seen == [3]
+
+
+_DEVICES = """
+import json, sys
+import jax
+from bitmixer_jax import data
+from bitmixer_jax.evaluation import Evaluator, random_policies
+from bitmixer_jax.training import load_trained
+_, model, variables = load_trained(sys.argv[1])
+digits = data.load("digits", "test[:90]")
+policies = random_policies(model, 5, seed=9)
+found = []
+for number in (1, 4):
+    devices = jax.devices()[:number]
+    evaluator = Evaluator(model, digits, digits.mean, digits.std, devices, 8, policies=2)
+    scores = evaluator.scores(variables, policies)
+    found.append([scores.top1.tolist(), scores.loss.tolist(), evaluator.traces, len(devices)])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_four_devices_score_as_one_does(trained):
+    flags = "--xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", _DEVICES, str(trained)],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, four = json.loads(done.stdout.splitlines()[-1])
+    assert (four[2], four[3]) == (1, 4)
+    np.testing.assert_allclose(four[0], one[0], atol=0.012)
+    np.testing.assert_allclose(four[1], one[1], rtol=1e-3)

@@ -1,0 +1,145 @@
+"""What a `Runtime` needs of a network, wherever the network comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.deployed import Deployed
+from bitmixer_jax.export.integer import run_integer
+from bitmixer_jax.export.packed import load_packed
+from bitmixer_jax.models import Network
+from bitmixer_jax.training import load_trained
+from bitmixer_jax.training.checkpoints import digest, read_config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Runnable:
+    """A network ready to be compiled.
+
+    Attributes:
+      forward: function of (weights, images, bits): logits float32 ``[N, K]`` of images float32
+        ``[N, H, W, C]``, normalised, at a policy that is a tuple of ints or a traced int32 ``[L]``.
+      weights: pytree of arrays.
+      space: the choices.
+      names: ``[L]`` layer names.
+      before: ``[L]`` which layer's width precedes each layer's own; -1: none.
+      visited: bool ``[L, n, n]`` whether training visited (width before, own width).
+      image_shape: ``(H, W, C)``.
+      classes: ``[K]`` names.
+      mean, std: ``[C]`` in units of 0..255.
+      network: digest of the trained weights, which fronts and exports carry.
+    """
+
+    forward: Callable[[Any, jax.Array, Any], Any]
+    weights: Any
+    space: BitSpace
+    names: tuple[str, ...]
+    before: tuple[int, ...]
+    visited: np.ndarray
+    image_shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    network: str
+
+    def unvisited(self, policy: np.ndarray) -> list[tuple[str, int, int]]:
+        """Pairs of a policy ``[L]`` that training never visited: (layer, width before, own).
+
+        The width before is 0 where it has no say.
+        """
+        index = np.searchsorted(self.space.choices, policy)
+        found = []
+        for layer, name in enumerate(self.names):
+            previous = index[self.before[layer]] if self.before[layer] >= 0 else 0
+            if not self.visited[layer, previous, index[layer]]:
+                width = int(policy[self.before[layer]]) if self.before[layer] >= 0 else 0
+                found.append((name, width, int(policy[layer])))
+        return found
+
+
+def of_model(
+    model: Network, variables: Any, *, mean: Any, std: Any, classes: Sequence[str]
+) -> Runnable:
+    """A trained network, simulated: codes are whole numbers in floating point.
+
+    Args:
+      variables: "params" and "batch_stats".
+      mean, std, classes: of the training data.
+
+    Raises:
+      UserError: a float twin.
+    """
+    own = {name: variables[name] for name in ("params", "batch_stats")}
+    counts = [own["batch_stats"][name]["conv_norm"]["count"] for name in model.names]
+
+    def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
+        return model.apply(weights, images, bits=bits, train=False)
+
+    return Runnable(
+        forward=forward,
+        weights=own,
+        space=model.space,  # refuses a float twin
+        names=model.names,
+        before=tuple(layer.previous for layer in model.layers),
+        visited=_visited(counts, model.space.n),
+        image_shape=model.image_shape,
+        classes=tuple(classes),
+        mean=np.asarray(mean, np.float32),
+        std=np.asarray(std, np.float32),
+        network=digest(own),
+    )
+
+
+def of_deployed(deployed: Deployed) -> Runnable:
+    """A network read from a packed file, run in integers."""
+    counts = [layer.kernels[0].count for layer in deployed.layers]
+
+    def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
+        return run_integer(deployed, images, bits)
+
+    return Runnable(
+        forward=forward,
+        weights=(),  # constants of the programme
+        space=deployed.space,
+        names=deployed.names,
+        before=tuple(layer.info.previous for layer in deployed.layers),
+        visited=_visited(counts, deployed.space.n),
+        image_shape=deployed.image_shape,
+        classes=deployed.classes,
+        mean=deployed.mean,
+        std=deployed.std,
+        network=deployed.network,
+    )
+
+
+def load(source: str | pathlib.Path) -> Runnable:
+    """Loads a workdir (WORKDIR or WORKDIR@STAGE) or a packed file.
+
+    Raises:
+      UserError: neither is there, or it is damaged, or a float twin.
+    """
+    if pathlib.Path(source).is_file():
+        return of_deployed(load_packed(source))
+    folder = str(source).rpartition("@")[0]
+    if not folder or pathlib.Path(source).exists():
+        folder = str(source)
+    if not pathlib.Path(folder).exists():
+        raise UserError(f"{source}: no such workdir or packed file")
+    _, model, variables = load_trained(source)
+    about = read_config(pathlib.Path(folder))["made_for"]
+    return of_model(
+        model, variables, mean=about["mean"], std=about["std"], classes=about["classes"]
+    )
+
+
+def _visited(counts: Sequence[Any], n: int) -> np.ndarray:
+    """Counts ``[P, n]`` of each layer, P n or 1, as bool ``[L, n, n]``."""
+    return np.stack([np.broadcast_to(np.asarray(count) > 0, (n, n)) for count in counts])

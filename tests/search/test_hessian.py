@@ -1,0 +1,113 @@
+"""Sensitivities from second derivatives: which kernels have traces, and how they are used."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bitmixer_jax as bm
+from bitmixer_jax.cost import costs
+from bitmixer_jax.search import Problem, hessian
+from tests import oracle
+
+CHOICES = (2, 3, 4)
+IMAGES = np.random.default_rng(0).normal(size=(8, 6, 6, 1)).astype(np.float32)
+LABELS = np.arange(8) % 3
+
+
+def make(**settings):
+    """Two blocks, the second with a projection shortcut: five kernels, 296 weights."""
+    shape = dict(image_shape=(6, 6, 1), width=2, stage_sizes=(1, 1), projection=True)
+    return bm.create_model("resnet8", num_classes=3, **{**shape, **settings})
+
+
+@functools.cache
+def network():
+    """The network, and variables in which most weights and inputs are inside their clips."""
+    model = make()
+    policy = model.space.uniform(4, 4)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES, bits=policy)
+    ranges = {"scale": (0.8, 1.2), "bias": (0, 0.5), "mean": (-0.1, 0.1), "var": (0.5, 1)}
+    rng = np.random.default_rng(1)
+
+    def filled(path, leaf):
+        low, high = ranges.get(path[-1].key, (0, 0))
+        return jnp.asarray(rng.uniform(low, high, leaf.shape), leaf.dtype) if high else leaf
+
+    return model, jax.tree_util.tree_map_with_path(filled, variables)
+
+
+@functools.cache
+def estimated(samples):
+    model, variables = network()
+    return hessian.traces(model, variables, IMAGES, LABELS, jax.random.key(3), samples)
+
+
+def test_there_is_a_trace_for_each_kernel_also_of_shortcuts():
+    model, _ = network()
+    found = estimated(2)
+    assert {layer: set(own) for layer, own in found.items()} == {
+        layer.name: {kernel.name for kernel in layer.kernels} for layer in model.layers
+    }
+    assert set(found["stage2.block1.conv1"]) == {"conv", "shortcut"}
+    assert all(type(trace) is float for own in found.values() for trace in own.values())
+
+
+# --- from traces to sensitivities ---
+
+
+def problem_of(model, selection="layer"):
+    groups = model.groups(selection)
+    return Problem(space=model.space, groups=groups, axis=costs(model)["bitops"])
+
+
+def random_variables(model):
+    """Kernels and step sizes alone: the traces are given."""
+    rng, params = np.random.default_rng(2), {}
+    steps = len(model.space.choices) if model.quant.weight_kind == "independent" else 1
+    for layer in model.layers:
+        params[layer.name] = {
+            kernel.name: {
+                "kernel": rng.normal(0, 0.3, kernel.shape).astype(np.float32),
+                "step": rng.uniform(0.02, 0.2, steps).astype(np.float32),
+            }
+            for kernel in layer.kernels
+        }
+    return {"params": params}
+
+
+@pytest.mark.parametrize("kind", oracle.KINDS)
+@pytest.mark.parametrize("selection", ["layer", "block"])
+def test_sensitivity_is_half_the_mean_curvature_times_the_change_of_the_weights(
+    monkeypatch, kind, selection
+):
+    model = make(weight_kind=kind)
+    variables = random_variables(model)
+    given = {
+        layer.name: {kernel.name: 0.5 + i + j for j, kernel in enumerate(layer.kernels)}
+        for i, layer in enumerate(model.layers)
+    }
+    given["stage1.block1.conv2"]["conv"] = -3.0  # noise: counts as none
+    monkeypatch.setattr(hessian, "traces", lambda *arguments: given)
+    problem = problem_of(model, selection)
+    found = hessian.sensitivity(problem, model, variables, IMAGES, LABELS, jax.random.key(0))
+
+    def weights(held, place):
+        bits, step = CHOICES[place], held["step"][place if kind == "independent" else 0]
+        whole = oracle.codes(kind, held["kernel"], step, bits, 4)
+        return whole * float(oracle.pitch(kind, step, bits, 4))
+
+    wanted = np.zeros((problem.size, 3))
+    for group, layer in zip(problem.groups, model.layers, strict=True):
+        for name, held in variables["params"][layer.name].items():
+            for place in range(3):
+                change = ((weights(held, place) - weights(held, 2)) ** 2).sum()
+                trace = max(given[layer.name][name], 0)
+                wanted[group, place] += trace * change / held["kernel"].size / 2
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert found.shape == ((4, 3) if selection == "layer" else (2, 3))
+    assert (found[:, 2] == 0).all()
+    if selection == "layer":
+        assert (found[1] == 0).all()
