@@ -229,6 +229,14 @@ def test_evolution_asks_for_no_policy_twice_and_stops_when_it_knows_all():
     assert len(score.proposed) == len(np.unique(score.proposed, axis=0)) <= 27
 
 
+@WITH_GROUPS
+@pytest.mark.parametrize("name", ["evolution", "random"])
+@pytest.mark.parametrize("limits", LIMITS)
+def test_every_policy_that_is_drawn_or_bred_fits(name, groups, limits):
+    problem = problem_of(limits, groups)
+    assert search(problem, method(name, problem), Additive()).fits.all()
+
+
 @pytest.mark.parametrize("limits", [(), LIMITS[1]])
 def test_random_policies_fit_and_use_the_budget_up(limits):
     problem, score = problem_of(limits), Additive()
