@@ -50,7 +50,15 @@ class Cost:
 
         One policy ``[L]`` gives a scalar array.
         """
-        columns = np.searchsorted(self.choices, np.asarray(policies))
+        widths = np.asarray(policies)
+        columns = np.searchsorted(self.choices, widths).clip(max=len(self.choices) - 1)
+        if (
+            widths.shape[-1:] != self.table.shape[:1]
+            or (np.asarray(self.choices)[columns] != widths).any()
+        ):
+            raise UserError(
+                f"cost: give {len(self.table)} widths from {self.choices}, got {widths.tolist()}"
+            )
         return self.table[np.arange(len(self.table)), columns].sum(-1) / self.divisor
 
     @property
@@ -197,7 +205,7 @@ def load_latency(path: str | pathlib.Path, model: Network) -> Cost:
 
 
 def _seconds(path: pathlib.Path, name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not (math.isfinite(value) and value >= 0):
+    if type(value) not in (int, float) or not 0 <= value < 1e9:
         raise UserError(f"{path}: {name}: {value!r} is not a number of seconds")
     return float(value)
 

@@ -129,9 +129,9 @@ class Evaluator:
         if missing:
             layer, before, own = missing[0]
             raise UserError(
-                f"{len(missing)} pairs of widths were never visited in training, such as {before}->"
-                f"{own} bits at {layer}: their BN statistics are unknown; recalibrate them "
-                "(--recalibrate)"
+                f"{len(missing)} pairs of widths were never visited in training, such as "
+                f"{before or 'any'}->{own} bits at {layer}: their BN statistics are unknown; train "
+                "for longer, or recalibrate them (evaluate --recalibrate)"
             )
         right = np.zeros(len(policies), np.int64)
         loss = np.zeros(len(policies), np.float64)

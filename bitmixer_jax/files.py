@@ -58,3 +58,10 @@ def check_free(
         check_new(path, what)
     if path.exists() and not overwrite:
         raise UserError(f"{what} {path}: it is there already; name another, or --overwrite")
+
+
+def check_folder(path: pathlib.Path, what: str = "--out") -> None:
+    """Says before the work that a folder could not be made, or written in. Raises UserError."""
+    there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"{what} {path}: cannot write there")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from bitmixer_jax.files import write_new
 
 FRONT_FORMAT = "bitmixer-front"
 FRONT_VERSION = 1
+_MOST = 1e300  # of a number in a file: whole numbers can be too large for float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,7 @@ class Front:
             be written.
         """
         content = {
+            **self.notes,
             "format": FRONT_FORMAT,
             "version": FRONT_VERSION,
             "network": self.network,
@@ -81,7 +82,6 @@ class Front:
             "choices": list(self.choices),
             "layers": list(self.names),
             "points": [dataclasses.asdict(point) for point in self.points],
-            **self.notes,
         }
         write_new(path, json.dumps(content, indent=1) + "\n", overwrite=overwrite)
 
@@ -166,6 +166,8 @@ def _point(entry: Mapping[str, Any]) -> Point:
     numbers = [entry[key] for key in ("cost", "loss", "top1")]
     if entry["test_top1"] is not None:
         numbers.append(entry["test_top1"])
-    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+    if not all(type(x) in (int, float) and -_MOST < x < _MOST for x in numbers):
         raise ValueError("cost, loss and accuracy must be finite numbers")
+    if not all(0 <= x <= 1 for x in numbers[2:]):
+        raise ValueError("accuracy must lie in 0..1")
     return Point(**{**entry, "widths": tuple(widths)})

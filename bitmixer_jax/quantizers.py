@@ -160,7 +160,8 @@ def _codes(
 
 
 def _codes_forward(kind: str, v: jax.Array, step: Any, shift: Any, qn: Any, qp: Any) -> Any:
-    return _to_codes(kind, v, step, shift, qn, qp), (v, step, shift, qn, qp)
+    # _codes, not _to_codes: a second derivative goes through this, and floor would stop it.
+    return _codes(kind, v, step, shift, qn, qp), (v, step, shift, qn, qp)
 
 
 def _codes_backward(kind: str, residuals: Any, g: jax.Array) -> Any:

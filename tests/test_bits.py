@@ -1,6 +1,7 @@
 """Widths, policies, samplers and policy files."""
 
 import collections
+import hashlib
 import itertools
 import json
 
@@ -243,16 +244,34 @@ def saved(tmp_path):
 
 
 def test_a_policy_file_reads_back(saved):
-    assert bm.load_policy(saved(), NAMES, SPACE).tolist() == [4, 3, 2]
+    assert bm.bm.load_policy(saved(), NAMES, SPACE).tolist() == [4, 3, 2]
+
+
+def test_a_width_changed_in_the_file_is_noticed_by_its_checksum(saved):
+    path = saved()
+    path.write_text(path.read_text().replace(": 4", ": 2"))
+    with pytest.raises(bm.UserError, match='remove its line "sha256"'):
+        bm.load_policy(path, NAMES, SPACE)
+
+
+def test_a_policy_written_by_hand_needs_no_checksum(saved):
+    path = saved()
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps(content | {"share": 1}))
+    assert bm.load_policy(path, NAMES, SPACE).tolist() == [4, 3, 2]
 
 
 def test_a_policy_file_holds_what_the_format_says_and_the_notes(saved):
+    layers = dict(sorted(zip(NAMES, (4, 3, 2), strict=True)))
+    said = json.dumps([[2, 3, 4], layers])
     assert json.loads(saved().read_text()) == {
         "format": "bitmixer-policy",
         "version": 1,
         "choices": [2, 3, 4],
         "layers": dict(zip(NAMES, (4, 3, 2), strict=True)),
         "accuracy": 0.5,
+        "sha256": hashlib.sha256(said.encode()).hexdigest(),
     }
 
 

@@ -61,5 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"bitmixer: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bitmixer: interrupted; the same command goes on where it can", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         return 1

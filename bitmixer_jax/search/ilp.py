@@ -46,14 +46,15 @@ class IntegerProgram:
         if problem.limits:
             problems = [problem]
         else:
-            low, high = problem.axis.range
+            low, high = problem.range(problem.axis)
             problems = [problem.within(most) for most in np.linspace(low, high, self.points)]
         # Of widths that seem equally good, the wider: sensitivities can be zero or noise.
         spread = np.ptp(sensitivity) or 1.0
         preferred = sensitivity - 1e-6 * spread * np.arange(problem.space.n) / problem.space.n
         solutions = [one.minimise(preferred) for one in problems]
-        found = np.unique([s for s in solutions if s is not None], axis=0)
-        yield found
+        solved = [s for s in solutions if s is not None]
+        if solved:
+            yield np.unique(solved, axis=0)
 
 
 def _measure(problem: Problem) -> Generator[np.ndarray, np.ndarray, np.ndarray]:

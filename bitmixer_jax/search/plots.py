@@ -24,7 +24,7 @@ def plot_front(path: pathlib.Path, front: Front) -> None:
             axis.plot(x, y, mark, ms=size, color=color, label=f"{label} ({len(x)})")
     x = [point.cost for point in front.points]
     on_search = [100 * point.top1 for point in front.points]
-    on_test = [100 * (point.test_top1 or np.nan) for point in front.points]
+    on_test = [100 * (np.nan if p.test_top1 is None else p.test_top1) for p in front.points]
     axis.plot(x, on_test, "o-", ms=4, color=COLORS[0], label="front, test images")
     axis.plot(x, on_search, ":", color=COLORS[0], lw=1, label="front, images of the search")
     axis.set(xlabel=f"{front.cost} ({front.unit})", ylabel="top-1 (%)")

@@ -21,6 +21,7 @@ from bitmixer_jax.evaluation import Scores
 
 Measure = Callable[[np.ndarray], Scores]
 SCORES_FORMAT = "bitmixer-scores"
+_PART = 32  # policies measured between two writes: a kill loses no more
 
 
 class ScoreBook:
@@ -55,46 +56,58 @@ class ScoreBook:
     def _open(self, path: pathlib.Path, header: Mapping[str, Any]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists() or not path.stat().st_size:
-                path.write_text(json.dumps(header) + "\n")
+            lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+            first = json.dumps(header)
+            if len(lines) == 1 and first.encode().startswith(lines[0]):  # empty, or cut short
+                path.write_text(first + "\n")
                 return
-            lines = path.read_text().split("\n")
             if lines[-1]:  # killed while writing: the last line is not whole
-                path.write_text("\n".join([*lines[:-1], ""]))
+                path.write_bytes(b"\n".join([*lines[:-1], b""]))
         except OSError as error:
             raise UserError(f"{path}: cannot write there ({error.strerror})") from None
         try:
-            if json.loads(lines[0]) != header:
-                raise UserError(f"{path}: scores of another network or of other images; remove it")
+            found = json.loads(lines[0])
             for line in lines[1:-1]:
                 entry = json.loads(line)
                 values = (float(entry["top1"]), float(entry["loss"]), float(entry["seconds"]))
+                if not np.isfinite(values).all():
+                    raise ValueError("scores are finite")
                 self._known[tuple(entry["widths"])] = values
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise UserError(f"{path}: damaged; remove it to measure again") from None
+        if found != header:
+            raise UserError(f"{path}: scores of another network or of other images; remove it")
 
     def __call__(self, policies: np.ndarray) -> Scores:
         """Scores of policies int32 ``[M, L]``; measures those not known, and notes them."""
         keys = [tuple(policy) for policy in policies.tolist()]
         new = [key for key in dict.fromkeys(keys) if key not in self._known]
-        if new:
-            start = time.perf_counter()
-            scores = self._measure(np.asarray(new, np.int32))
-            spent = time.perf_counter() - start
-            self.spent += spent
-            each = spent / len(new)
-            lines = []
-            for key, top1, loss in zip(new, scores.top1, scores.loss, strict=True):
-                self._known[key] = (float(top1), float(loss), each)
-                entry = {"widths": key, "top1": float(top1), "loss": float(loss), "seconds": each}
-                lines.append(json.dumps(entry) + "\n")
-            self.measured += len(new)
-            if self._path is not None:
-                with self._path.open("a") as file:
-                    file.write("".join(lines))
+        for start in range(0, len(new), _PART):
+            self._note(new[start : start + _PART])
         rows = np.asarray([self._known[key] for key in keys])
         self.seconds += float(sum(self._known[key][2] for key in dict.fromkeys(keys)))
         return Scores(rows[:, 0], rows[:, 1])
+
+    def _note(self, new: list[tuple[int, ...]]) -> None:
+        """Measures policies and writes what was found."""
+        start = time.perf_counter()
+        scores = self._measure(np.asarray(new, np.int32))
+        spent = time.perf_counter() - start
+        self.spent += spent
+        self.measured += len(new)
+        each = spent / len(new)
+        lines = []
+        for key, top1, loss in zip(new, scores.top1, scores.loss, strict=True):
+            self._known[key] = (float(top1), float(loss), each)
+            entry = {"widths": key, "top1": float(top1), "loss": float(loss), "seconds": each}
+            lines.append(json.dumps(entry) + "\n")
+        if self._path is None:
+            return
+        try:
+            with self._path.open("a") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write there ({error.strerror})") from None
 
 
 def file_name(about: Mapping[str, Any]) -> str:

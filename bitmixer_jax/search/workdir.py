@@ -21,9 +21,10 @@ from bitmixer_jax import data as datasets
 from bitmixer_jax.bits import closest, save_policy
 from bitmixer_jax.cost import Cost, activation_peak, costs
 from bitmixer_jax.data import Dataset
+from bitmixer_jax.data._dataset import slice_split
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
-from bitmixer_jax.files import check_free
+from bitmixer_jax.files import check_folder, check_free
 from bitmixer_jax.front import Front, Point
 from bitmixer_jax.search import hessian, plots
 from bitmixer_jax.search.problem import Problem, parse_budget
@@ -42,7 +43,7 @@ class Settings:
     Attributes:
       method: a key of METHODS.
       seed: of the images and of the method's draws.
-      evaluations: policies that evolution and random may evaluate.
+      evaluations: policies that evolution and random may evaluate; others need what they need.
       sensitivity: for ilp: "measured" or "hessian".
       images: how many images score a policy.
       split: which, such as "train[45000:]"; empty: what training left out, else what it trained on.
@@ -67,6 +68,8 @@ class Settings:
         ):
             if value not in allowed:
                 raise UserError(f"{name} {value!r}{closest(value, allowed)}: one of {allowed}")
+        if self.sensitivity != "measured" and self.method != "ilp":
+            raise UserError(f"--sensitivity {self.sensitivity}: of --method ilp alone")
         for name, number in (("--evaluations", self.evaluations), ("--images", self.images)):
             if number < 1:
                 raise UserError(f"{name} {number}: give 1 or more")
@@ -95,13 +98,8 @@ class Trained:
         self.costs = costs(self.model, settings.latency)
         self.groups = self.model.groups(self.run.selection)  # type: ignore[arg-type]
         self.data_dir = settings.data_dir or self.run.data_dir or None
-        self.split = settings.split or left_out(self.run.train_split) or self.run.train_split
-        part = re.split(r"\[", self.split)[0]
-        if (
-            part
-            == re.split(r"\[", self.run.test_split)[0]
-            != re.split(r"\[", self.run.train_split)[0]
-        ):
+        self.split = settings.split or self._left_out()
+        if self._is_test(self.split):
             raise UserError(f"--split {self.split}: that is test data; search on training data")
         self.data = self._subset(datasets.load(self.run.dataset, self.split, self.data_dir))
         evaluator = self.evaluator(self.data)
@@ -112,13 +110,36 @@ class Trained:
             "images": len(self.data),
             "seed": settings.seed,
         }
-        folder = pathlib.Path(workdir.rpartition("@")[0] or workdir)
-        folder = folder if folder.is_dir() else pathlib.Path(workdir)
+        folder = pathlib.Path(workdir)  # a path may hold an @ of its own
+        folder = folder if folder.exists() else pathlib.Path(workdir.rpartition("@")[0])
         self.book = ScoreBook(
             lambda policies: evaluator.scores(self.variables, policies),
             folder / "search" / file_name(about),
             about,
         )
+
+    def _left_out(self) -> str:
+        """What training left out, if that is anything and not test data; else what it saw."""
+        rest = left_out(self.run.train_split)
+        if rest is not None:
+            try:
+                datasets.load(self.run.dataset, rest, self.data_dir)
+            except UserError:  # training left nothing
+                rest = None
+        return self.run.train_split if rest is None or self._is_test(rest) else rest
+
+    def _is_test(self, split: str) -> bool:
+        """Whether a split has images of the test data."""
+        part, train, test = (
+            text.partition("[")[0] for text in (split, self.run.train_split, self.run.test_split)
+        )
+        if part != test or part != train:
+            return part == test
+        count = len(datasets.load(self.run.dataset, part, self.data_dir))
+        (_, start, stop), (_, first, last) = (
+            slice_split(text, {part: count}) for text in (split, self.run.test_split)
+        )
+        return start < last and first < stop
 
     def _subset(self, data: Dataset) -> Dataset:
         number = min(self.settings.images, len(data))
@@ -133,7 +154,7 @@ class Trained:
     @property
     def seen_in_training(self) -> bool:
         """Whether the images that score policies were trained on, as far as is known."""
-        return not self.settings.split and left_out(self.run.train_split) is None
+        return not self.settings.split and self.split == self.run.train_split
 
     def method(self, problem: Problem) -> Method:
         """The method with its settings."""
@@ -295,11 +316,10 @@ def front_workdir(
     Returns, raises: as `search_workdir`.
     """
     file = out / "front.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
-    check_free(file, overwrite)
+    check_folder(out)
+    if out.exists():
+        for name in ("front.json", "front.png", "widths.png"):
+            check_free(out / name, overwrite)
     trained = Trained(workdir, settings)
     model, space = trained.model, trained.model.space
     if cost not in trained.costs:
@@ -307,6 +327,10 @@ def front_workdir(
         hint = " (give --latency)" if cost == "latency_ms" else closest(cost, known)
         raise UserError(f"--cost {cost!r}: unknown{hint}; one of {', '.join(known)}")
     axis = trained.costs[cost]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
     problem = Problem(space=space, groups=trained.groups, axis=axis)
     found = trained.search(problem)
     points = found.front()

@@ -1,10 +1,12 @@
-"""Sensitivities from second derivatives: which kernels have traces, and how they are used."""
+"""Sensitivities from second derivatives: traces against explicit Hessians, and their use."""
 
 import functools
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import bitmixer_jax as bm
@@ -45,9 +47,71 @@ def estimated(samples):
     return hessian.traces(model, variables, IMAGES, LABELS, jax.random.key(3), samples)
 
 
+@functools.cache
+def explicit():
+    """``{(layer, kernel): (rows of the Hessian of all kernels, where its own columns are)}``."""
+    model, variables = network()
+    kernels = {
+        layer.name: {
+            k.name: variables["params"][layer.name][k.name]["kernel"] for k in layer.kernels
+        }
+        for layer in model.layers
+    }
+    flat, unflatten = jax.flatten_util.ravel_pytree(kernels)
+
+    def loss(flat):
+        params = jax.tree.map(lambda leaf: leaf, variables["params"])
+        for layer, own in unflatten(flat).items():
+            for name, kernel in own.items():
+                params[layer][name]["kernel"] = kernel
+        logits = model.apply({**variables, "params": params}, IMAGES, bits=jnp.full(4, 4))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+
+    matrix = np.asarray(jax.jit(jax.jacrev(jax.grad(loss)))(flat), np.float64)
+    places = unflatten(jnp.arange(len(flat)))
+    return matrix, {
+        (layer, name): np.asarray(place).ravel()
+        for layer, own in places.items()
+        for name, place in own.items()
+    }
+
+
+def test_the_loss_is_curved_and_its_hessian_symmetric():
+    matrix, _ = explicit()
+    assert np.abs(matrix).max() > 0.01
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-5)
+
+
+def test_estimated_traces_agree_with_explicit_hessians_within_five_standard_errors():
+    samples = 200
+    matrix, places = explicit()
+    for (layer, kernel), own in places.items():
+        inside = matrix[np.ix_(own, own)]
+        rows = matrix[own]
+        # Of v.(Hv) with random signs v: every product of two different signs has variance 1, and
+        # those within the kernel meet twice.
+        variance = (rows**2).sum() + (inside**2).sum() - 2 * (np.diag(inside) ** 2).sum()
+        error = estimated(samples)[layer][kernel] - np.trace(inside)
+        assert abs(error) < 5 * np.sqrt(variance / samples) + 1e-5
+    total = sum(np.trace(matrix[np.ix_(own, own)]) for own in places.values())
+    found = sum(trace for own in estimated(samples).values() for trace in own.values())
+    assert total > 0.5
+    assert found == pytest.approx(total, rel=0.3)
+
+
+def test_sensitivities_are_positive_and_fall_with_the_width():
+    model, variables = network()
+    table = hessian.sensitivity(
+        problem_of(model), model, variables, IMAGES, LABELS, jax.random.key(3), samples=200
+    )
+    assert (table[:, -1] == 0).all()
+    assert (np.diff(table, axis=1) <= 0).all()
+    assert (table[:, 0] > 0).any()
+
+
 def test_there_is_a_trace_for_each_kernel_also_of_shortcuts():
     model, _ = network()
-    found = estimated(2)
+    found = estimated(200)
     assert {layer: set(own) for layer, own in found.items()} == {
         layer.name: {kernel.name for kernel in layer.kernels} for layer in model.layers
     }
