@@ -244,7 +244,7 @@ def saved(tmp_path):
 
 
 def test_a_policy_file_reads_back(saved):
-    assert bm.bm.load_policy(saved(), NAMES, SPACE).tolist() == [4, 3, 2]
+    assert bm.load_policy(saved(), NAMES, SPACE).tolist() == [4, 3, 2]
 
 
 def test_a_width_changed_in_the_file_is_noticed_by_its_checksum(saved):
