@@ -51,7 +51,7 @@ def traces(
         for layer in model.layers
     }
 
-    def loss(kernels: Any) -> jax.Array:
+    def loss(kernels: Any, variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         params = dict(variables["params"])
         for layer, own in kernels.items():
             changed = {name: {**params[layer][name], "kernel": own[name]} for name in own}
@@ -64,12 +64,12 @@ def traces(
         )
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def along(kernels: Any, signs: Any) -> jax.Array:
-        slopes = jax.tree.map(lambda g, v: jnp.vdot(g, v), jax.grad(loss)(kernels), signs)
+    def along(kernels: Any, signs: Any, *data: Any) -> jax.Array:
+        slopes = jax.tree.map(jnp.vdot, jax.grad(loss)(kernels, *data), signs)
         return sum(jax.tree.leaves(slopes), jnp.float32(0))
 
     @jax.jit
-    def sample(key: jax.Array) -> Any:
+    def sample(key: jax.Array, kernels: Any, *data: Any) -> Any:
         leaves, tree = jax.tree.flatten(kernels)
         keys = jax.random.split(key, len(leaves))
         signs = jax.tree.unflatten(
@@ -77,10 +77,11 @@ def traces(
             [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
         )
         # Reverse over reverse: the quantisers have no forward-mode rule.
-        products = jax.grad(along)(kernels, signs)
+        products = jax.grad(along)(kernels, signs, *data)
         return jax.tree.map(jnp.vdot, signs, products)
 
-    found = [jax.device_get(sample(k)) for k in jax.random.split(key, samples)]
+    data = (variables, images, labels)  # arguments: XLA would fold constants for seconds
+    found = [jax.device_get(sample(k, kernels, *data)) for k in jax.random.split(key, samples)]
     return jax.tree.map(lambda *values: float(np.mean(values)), *found)
 
 
