@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.deployed import Deployed, FloatStem
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
 from bitmixer_jax.models.graph import OPS, Node
 from bitmixer_jax.quantizers import KINDS
@@ -54,6 +55,28 @@ def kernel_to_json(kernel: KernelInfo) -> list[Any]:
         [list(pad) for pad in kernel.padding],
         kernel.groups,
     ]
+
+
+def describe(deployed: Deployed) -> dict[str, Any]:
+    """What a file says of a network besides its numbers: a JSON tree (docs/packed-format.md)."""
+    transitional = any(len(k.count) > 1 for layer in deployed.layers for k in layer.kernels)
+    stem = deployed.stem
+    return {
+        "choices": list(deployed.space.choices),
+        "weight_kind": deployed.weight_kind,
+        "norm": "transitional" if transitional else "per_width",
+        "ends": "float" if isinstance(stem, FloatStem) else "int8",
+        "image_shape": list(deployed.image_shape),
+        "mean": [float(x) for x in deployed.mean],
+        "std": [float(x) for x in deployed.std],
+        "classes": list(deployed.classes),
+        "network": deployed.network,
+        "stem": kernel_to_json(stem.info if isinstance(stem, FloatStem) else stem.info.kernels[0]),
+        "features": int(deployed.head.kernel.shape[0]),
+        "layers": [layer_to_json(layer.info) for layer in deployed.layers],
+        "graph": graph_to_json(deployed.graph),
+        "about": dict(deployed.about),
+    }
 
 
 class Reader:

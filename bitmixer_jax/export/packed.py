@@ -19,7 +19,7 @@ import numpy as np
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.deployed import Deployed, FloatStem, Head, Kernel, Layer
-from bitmixer_jax.export.description import Reader, graph_to_json, kernel_to_json, layer_to_json
+from bitmixer_jax.export.description import Reader, describe
 from bitmixer_jax.files import write_new
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
 
@@ -66,7 +66,7 @@ def pack(deployed: Deployed, tables: str = "float32") -> bytes:
     metadata = {
         "format": PACKED_FORMAT,
         "version": str(PACKED_VERSION),
-        "description": json.dumps(_describe(deployed, tables), separators=(",", ":")),
+        "description": json.dumps(describe(deployed) | {"tables": tables}, separators=(",", ":")),
         "sha256": json.dumps(
             {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()},
             separators=(",", ":"),
@@ -104,28 +104,6 @@ def save_packed(
 def _header_digest(header: bytes) -> str:
     """SHA-256 of length and header with zeros in place of this digest."""
     return hashlib.sha256(header).hexdigest()
-
-
-def _describe(deployed: Deployed, tables: str) -> dict[str, Any]:
-    transitional = any(len(k.count) > 1 for layer in deployed.layers for k in layer.kernels)
-    stem = deployed.stem
-    return {
-        "choices": list(deployed.space.choices),
-        "weight_kind": deployed.weight_kind,
-        "norm": "transitional" if transitional else "per_width",
-        "tables": tables,
-        "ends": "float" if isinstance(stem, FloatStem) else "int8",
-        "image_shape": list(deployed.image_shape),
-        "mean": [float(x) for x in deployed.mean],
-        "std": [float(x) for x in deployed.std],
-        "classes": list(deployed.classes),
-        "network": deployed.network,
-        "stem": kernel_to_json(stem.info if isinstance(stem, FloatStem) else stem.info.kernels[0]),
-        "features": int(deployed.head.kernel.shape[0]),
-        "layers": [layer_to_json(layer.info) for layer in deployed.layers],
-        "graph": graph_to_json(deployed.graph),
-        "about": dict(deployed.about),
-    }
 
 
 def _table_arrays(kernels: list[Kernel], dtype: str) -> dict[str, np.ndarray]:

@@ -1,0 +1,109 @@
+"""Export to PyTorch: weights.safetensors, a state_dict, and model.py, a module that loads it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.deployed import Deployed, FloatStem, Layer
+from bitmixer_jax.export.description import describe
+
+MODULE = pathlib.Path(__file__).with_name("torch_module.py")
+PYTORCH_FORMAT = "bitmixer-pytorch"
+
+
+def state_dict(deployed: Deployed) -> dict[str, np.ndarray]:
+    """The state of the PyTorch module, by name.
+
+    ``layers.I.step`` ``[n]``; ``layers.I.KERNEL.codes`` int8 ``[S, O, I, kh, kw]``, ``.multiplier``
+    and ``.offset`` ``[P, n, O]``, ``.count`` int32 ``[P, n]``, KERNEL "conv" or "shortcut";
+    ``stem.*`` likewise, or ``stem.kernel``, ``stem.multiplier``, ``stem.offset`` if it is
+    real-valued; ``head_kernel`` ``[F, K]``, ``head_bias``, and ``head_steps`` ``[2]`` if int8.
+    """
+    arrays: dict[str, np.ndarray] = {}
+
+    def add(prefix: str, layer: Layer) -> None:
+        arrays[f"{prefix}.step"] = layer.step
+        for kernel in layer.kernels:
+            name = f"{prefix}.{kernel.info.name}"
+            arrays[f"{name}.codes"] = kernel.codes.transpose(0, 4, 3, 1, 2)
+            arrays[f"{name}.multiplier"] = kernel.multiplier
+            arrays[f"{name}.offset"] = kernel.offset
+            arrays[f"{name}.count"] = kernel.count
+
+    for i, layer in enumerate(deployed.layers):
+        add(f"layers.{i}", layer)
+    stem, head = deployed.stem, deployed.head
+    if isinstance(stem, FloatStem):
+        arrays["stem.kernel"] = stem.kernel.transpose(3, 2, 0, 1)
+        arrays["stem.multiplier"], arrays["stem.offset"] = stem.multiplier, stem.offset
+    else:
+        add("stem", stem)
+        arrays["head_steps"] = np.asarray(head.steps, np.float32)
+    arrays["head_kernel"], arrays["head_bias"] = head.kernel, head.bias
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def export_pytorch(deployed: Deployed, folder: str | pathlib.Path) -> None:
+    """Writes weights.safetensors and model.py into a new folder.
+
+    Raises:
+      UserError: safetensors is not installed, the network was cut, or the folder is there already.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise UserError(
+            "export to PyTorch needs safetensors: pip install 'bitmixer_jax[torch]'"
+        ) from None
+    if deployed.code_bits != deployed.space.widest:
+        raise UserError("export: this network was read from a cut packed file; use the whole")
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir()
+        metadata = {"format": PYTORCH_FORMAT, "description": json.dumps(describe(deployed))}
+        save_file(state_dict(deployed), folder / "weights.safetensors", metadata)
+        shutil.copyfile(MODULE, folder / "model.py")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
+
+
+class TorchRunner:
+    """An export, loaded and run by PyTorch: ``runner(images, policy)`` gives logits."""
+
+    def __init__(self, folder: str | pathlib.Path):
+        """Loads the export by its own model.py.
+
+        Raises:
+          UserError: PyTorch is not installed.
+        """
+        try:
+            import torch
+        except ImportError:
+            raise UserError(
+                "running the export needs PyTorch: pip install 'bitmixer_jax[torch]'"
+            ) from None
+        self._torch = torch
+        path = pathlib.Path(folder) / "model.py"
+        spec = importlib.util.spec_from_file_location("bitmixer_exported_model", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.net: Any = module.load(folder)
+
+    def __call__(self, images: np.ndarray, policy: np.ndarray) -> np.ndarray:
+        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]`` at a policy ``[L]``."""
+        self.net.set_policy([int(width) for width in policy])
+        parts = []
+        with self._torch.no_grad():
+            for start in range(0, len(images), 64):
+                x = self._torch.from_numpy(images[start : start + 64].transpose(0, 3, 1, 2).copy())
+                parts.append(self.net(x).numpy())
+        return np.concatenate(parts)
