@@ -17,7 +17,7 @@ import pathlib
 import numpy as np
 from scipy.stats import spearmanr
 
-from bitmixer_jax.search import Problem, parse_budget
+from bitmixer_jax.search import Problem, ScoreBook, parse_budget
 from bitmixer_jax.search.workdir import Settings, Trained
 
 AVERAGES = (2.5, 3.0, 3.5)
@@ -37,7 +37,12 @@ def run(workdir, images, data_dir):
     everything = np.asarray(list(itertools.product(space.choices, repeat=layers)), np.int32)
     scores = trained.book(everything)
     evaluator, examples = trained.test()
-    test = evaluator.top1(trained.variables, everything)
+    book = ScoreBook(
+        lambda policies: evaluator.scores(trained.variables, policies),
+        pathlib.Path(workdir) / "search" / "all-on-test.jsonl",
+        {"network": trained.network, "test": examples},
+    )
+    test = book(everything).top1
     place = {tuple(p): i for i, p in enumerate(everything.tolist())}
     result = {
         "policies": len(everything),

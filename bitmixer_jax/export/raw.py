@@ -1,0 +1,69 @@
+"""The raw variables of a network as safetensors, with documented names.
+
+    params/LAYER/input/step            [n]  step size of the layer's input at each width
+    params/LAYER/conv/kernel           [kh, kw, C_in / groups, C_out]  float32 master weights
+    params/LAYER/conv/step             [1], or [n] if the quantiser is not nested
+    params/LAYER/conv_norm/scale, bias           [P, n, C]  Transitional BN, a slice per pair
+    batch_stats/LAYER/conv_norm/mean, var        [P, n, C]
+    batch_stats/LAYER/conv_norm/count            [P, n]  training steps that visited the pair
+    params/stem/..., params/head/kernel, params/head/bias
+
+A projection shortcut adds ``shortcut`` and ``shortcut_norm`` to its layer. This is what training
+goes on from; for deployment take another format, which holds no float copy of quantised weights.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import write_new
+
+
+def export_raw(
+    variables: Mapping[str, Any],
+    path: str | pathlib.Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes variables ("params" and "batch_stats").
+
+    Args:
+      metadata: texts to keep in the file's header.
+
+    Raises:
+      UserError: safetensors is not installed, or the file cannot be written.
+    """
+    try:
+        from safetensors.numpy import save
+    except ImportError:
+        raise UserError("safetensors is not installed: pip install safetensors") from None
+    leaves = traverse_util.flatten_dict(dict(variables), sep="/")
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
+    write_new(path, save(arrays, dict(metadata or {})), overwrite=overwrite)
+
+
+def load_raw(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads what `export_raw` wrote: variables as numpy arrays, bit for bit.
+
+    Raises:
+      UserError: no such file, or it is damaged or of something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a safetensors file, or damaged ({error})") from None
+    if not any(name.startswith("params/") for name in arrays):
+        raise UserError(f"{path}: holds no variables of a network (params/...)")
+    return traverse_util.unflatten_dict(arrays, sep="/")

@@ -1,0 +1,102 @@
+"""StableHLO by jax.export: one file for any policy, wherever jax runs, without this library.
+
+    import json, zipfile
+    import jax, numpy as np
+
+    with zipfile.ZipFile("net.stablehlo") as file:
+        about = json.loads(file.read("about.json"))
+        network = jax.export.deserialize(bytearray(file.read("network.bin")))
+    images = np.zeros((8, *about["image_shape"]), np.uint8)  # any number of images
+    policy = np.full(len(about["layers"]), 3, np.int32)  # a width for each layer
+    logits = network.call(images, policy)  # NaN for widths that are not in about["choices"]
+
+The file is a zip archive, not compressed. The programme is the integer engine: weights are int8
+constants, so it is about a quarter of the size that the simulated network would have.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import zipfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitmixer_jax.data import normalize
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.deployed import Deployed
+from bitmixer_jax.export.description import describe
+from bitmixer_jax.export.integer import run_integer
+from bitmixer_jax.files import write_new
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_stablehlo(
+    deployed: Deployed, path: str | pathlib.Path, *, overwrite: bool = False
+) -> None:
+    """Writes logits(images uint8 ``[b, H, W, C]``, policy int32 ``[L]``) for cpu, cuda and tpu.
+
+    Raises:
+      UserError: flatbuffers is not installed, or the file cannot be written.
+    """
+    _need_flatbuffers()
+
+    def logits(images: jax.Array, policy: jax.Array) -> jax.Array:
+        x = normalize(images, deployed.mean, deployed.std)
+        return run_integer(deployed, x, policy)
+
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = (
+        jax.ShapeDtypeStruct((batch, *deployed.image_shape), jnp.uint8),
+        jax.ShapeDtypeStruct((len(deployed.layers),), jnp.int32),
+    )
+    exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(*shapes)
+    about = {key: value for key, value in describe(deployed).items() if key != "graph"}
+    about["layers"] = list(deployed.names)
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for name, data in (
+            ("about.json", json.dumps(about, indent=1).encode()),
+            ("network.bin", bytes(exported.serialize())),
+        ):
+            file.writestr(zipfile.ZipInfo(name), data)  # without the time: the same bytes again
+    write_new(path, content.getvalue(), overwrite=overwrite)
+
+
+class StablehloRunner:
+    """An export, loaded and run: ``runner(images, policy)`` gives logits."""
+
+    def __init__(self, path: str | pathlib.Path):
+        """Loads the file.
+
+        Raises:
+          UserError: no such file, not an export of this library, or flatbuffers is not installed.
+        """
+        _need_flatbuffers()
+        try:
+            with zipfile.ZipFile(path) as file:
+                self.about: dict[str, Any] = json.loads(file.read("about.json"))
+                self._exported = jax.export.deserialize(bytearray(file.read("network.bin")))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except Exception as error:  # whatever zip, JSON and jax make of it
+            raise UserError(f"{path}: not a StableHLO export, or damaged ({error})") from None
+        self._call = jax.jit(self._exported.call)
+
+    def __call__(self, images: np.ndarray, policy: np.ndarray) -> np.ndarray:
+        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]`` at a policy ``[L]``."""
+        return np.asarray(self._call(images, np.asarray(policy, np.int32)))
+
+
+def _need_flatbuffers() -> None:
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "StableHLO needs flatbuffers: pip install 'bitmixer_jax[stablehlo]'"
+        ) from None

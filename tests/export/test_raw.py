@@ -1,0 +1,49 @@
+"""Raw variables as safetensors."""
+
+import jax
+import numpy as np
+import pytest
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.raw import export_raw, load_raw
+from tests.export.networks import network
+
+
+@pytest.mark.parametrize("kind", ["resnet18", "int8 ends"])
+def test_variables_come_back_bit_for_bit(kind, tmp_path):
+    _, variables = network(kind)
+    export_raw(variables, tmp_path / "net", {"note": "text"})
+    found = load_raw(tmp_path / "net")
+    assert jax.tree.structure(found) == jax.tree.structure(jax.tree.map(np.asarray, variables))
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+
+
+def test_names_are_the_documented_ones(tmp_path):
+    from safetensors import safe_open
+
+    export_raw(network("resnet18")[1], tmp_path / "net", {"note": "text"})
+    with safe_open(tmp_path / "net", framework="numpy") as file:
+        names = set(file.keys())
+        assert file.metadata() == {"note": "text"}
+    for name in (
+        "params/stage1.block1.conv1/input/step",
+        "params/stage2.block1.conv1/shortcut/kernel",
+        "params/stage2.block1.conv1/shortcut_norm/scale",
+        "batch_stats/stage1.block1.conv2/conv_norm/count",
+        "params/head/bias",
+    ):
+        assert name in names
+
+
+def test_bad_files_are_one_line(tmp_path):
+    from safetensors.numpy import save
+
+    with pytest.raises(UserError, match="no such file"):
+        load_raw(tmp_path / "absent")
+    for content in (b"", b"x" * 100, save({"a": np.zeros(2)})):
+        (tmp_path / "bad").write_bytes(content)
+        with pytest.raises(UserError, match=r"bad: (not a safetensors file|holds no variables)"):
+            load_raw(tmp_path / "bad")
+    export_raw(network("resnet8")[1], tmp_path / "net")
+    with pytest.raises(UserError, match="is there already"):
+        export_raw(network("resnet18")[1], tmp_path / "net")
