@@ -2,14 +2,16 @@
 
     python experiments/time_policies.py --workdir runs/net20-s0 --json out.json
 
-The gain is what a call costs besides its arithmetic, so it shrinks as images grow more. "arithmetic
-alone" is a call so long that nothing else counts: no way of batching on this machine beats it.
+The gain is what a call costs besides its arithmetic, so it shrinks as images grow more. The float
+twin, which quantises nothing and has one plain batch norm, bounds what any way of batching can give:
+its convolutions are of the same size.
 """
 
 import argparse
 import json
 import pathlib
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -44,6 +46,10 @@ def main():
     run, model, variables = load_trained(given.workdir)
     variables = jax.device_put(variables, jax.local_devices()[0])
     policies = random_policies(model, POLICIES, 0)
+    float_model = model.float_twin()
+    float_variables = jax.jit(partial(float_model.init, bits=None, train=False))(
+        jax.random.key(0), np.zeros((1, *model.image_shape), np.float32)
+    )
     data = datasets.load(run.dataset, run.train_split, given.data_dir or run.data_dir or None)
     rows = []
     for images in given.images:
@@ -61,10 +67,15 @@ def main():
             evaluator = Evaluator(model, some, data.mean, data.std, policies=number)
             elapsed = seconds(evaluator, variables, policies, given.repeats)
             rates[name] = POLICIES * images / elapsed
+        evaluator = Evaluator(float_model, some, data.mean, data.std, policies=1)
+        rates["float twin"] = POLICIES * images / seconds(
+            evaluator, float_variables, policies, given.repeats
+        )
         rows.append({"images": images, **rates, "ratio": rates["batch"] / rates["one by one"]})
         print(
             f"{images:5d} images: one by one {rates['one by one']:9.0f}, in one call "
-            f"{rates['batch']:9.0f} policies x images/s, ratio {rows[-1]['ratio']:.2f}",
+            f"{rates['batch']:9.0f} policies x images/s, ratio {rows[-1]['ratio']:.2f}; "
+            f"float twin {rates['float twin']:9.0f}",
             flush=True,
         )
     if given.json:

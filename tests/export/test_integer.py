@@ -13,9 +13,9 @@ from tests.export.networks import KINDS, deployed, images, network, policies
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_simulated_network(kind):
     model, variables = network(kind)
-    x = images(kind)
+    x, packed = images(kind), deployed(kind)
     simulated = jax.jit(lambda v, x, p: model.apply(v, x, bits=p, train=False))
-    integer = jax.jit(lambda x, p: run_integer(deployed(kind), x, p))
+    integer = jax.jit(lambda x, p: run_integer(packed, x, p))
     for policy in policies(kind):
         wanted, found = simulated(variables, x, policy), integer(x, policy)
         # Equal up to the head, which sums floats in an order of its own.
@@ -32,8 +32,9 @@ def test_every_layer_is_equal_bit_for_bit(kind):
         )
     )
     captured = run(variables, x, policy)[1]["intermediates"]
-    made = jax.jit(lambda x, p: tensors(deployed(kind), x, p))(x, policy)
-    for node in deployed(kind).graph:
+    packed = deployed(kind)
+    made = jax.jit(lambda x, p: tensors(packed, x, p))(x, policy)
+    for node in packed.graph:
         if node.op == "layer":
             outputs = captured[node.layer]["__call__"][0]
             for name, wanted in zip(node.outputs, outputs, strict=True):
@@ -43,8 +44,9 @@ def test_every_layer_is_equal_bit_for_bit(kind):
 @pytest.mark.parametrize("kind", ["resnet8", "independent", "wide"])
 def test_static_policies_give_the_logits_of_traced_ones(kind):
     x, policy = images(kind), policies(kind)[-1]
-    traced = jax.jit(lambda x, p: run_integer(deployed(kind), x, p))(x, policy)
-    static = jax.jit(lambda x: run_integer(deployed(kind), x, tuple(policy.tolist())))(x)
+    packed = deployed(kind)
+    traced = jax.jit(lambda x, p: run_integer(packed, x, p))(x, policy)
+    static = jax.jit(lambda x: run_integer(packed, x, tuple(policy.tolist())))(x)
     np.testing.assert_allclose(static, traced, rtol=1e-5, atol=1e-5)
 
 
