@@ -2,8 +2,8 @@
 
     python experiments/time_policies.py --workdir runs/net20-s0 --json out.json
 
-The gain is what a call costs besides its arithmetic, so it shrinks as images grow more. The float
-twin, which quantises nothing and has one plain batch norm, bounds what any way of batching can give:
+The gain is what a call costs besides its arithmetic, so it shrinks as images grow more. The
+float twin, which quantises nothing and has one plain batch norm, bounds what batching can give:
 its convolutions are of the same size.
 """
 
