@@ -85,13 +85,14 @@ def benchmark(
 
     for kind, stage in KINDS.items():
         training = _Training(*prepare_step(model, stage, batch_size, devices), data, rows)
-        figures = result["steps"][kind] = {}
+        figures: dict[str, Any] = {}
+        result["steps"][kind] = figures
         add(figures, training)
         figures["memory_bytes"] = training.step.memory(training.state, data, rows)
     examples = Dataset(
         name, "benchmark", images, labels, tuple("0123456789"), *_moments(model.image_shape[-1])
     )
-    for kind, network in {"float": model.float_twin(), "policies": model}.items():
+    for kind, network in (("float", model.float_twin()), ("policies", model)):
         add(result["evaluation"].setdefault(kind, {}), _evaluation(network, examples, devices))
     add(result["data"], _augmentation(images))
 
@@ -103,7 +104,8 @@ def benchmark(
             seconds.append(time.perf_counter() - begun)
     for seconds, (figures, _) in zip(times, calls, strict=True):
         middle = float(np.median(seconds))
-        figures |= {"milliseconds": 1e3 * middle, "images_per_second": batch_size / middle}
+        figures["milliseconds"] = 1e3 * middle
+        figures["images_per_second"] = batch_size / middle
     for part in ("steps", "evaluation"):
         base = result[part]["float"]
         for figures in result[part].values():

@@ -68,8 +68,8 @@ def main():
             elapsed = seconds(evaluator, variables, policies, given.repeats)
             rates[name] = POLICIES * images / elapsed
         evaluator = Evaluator(float_model, some, data.mean, data.std, policies=1)
-        rates["float twin"] = POLICIES * images / seconds(
-            evaluator, float_variables, policies, given.repeats
+        rates["float twin"] = (
+            POLICIES * images / seconds(evaluator, float_variables, policies, given.repeats)
         )
         rows.append({"images": images, **rates, "ratio": rates["batch"] / rates["one by one"]})
         print(

@@ -1,6 +1,6 @@
 """Weights of a float ResNet from elsewhere: state_dicts in the layout of torchvision.
 
-    conv1, bn1; layer1.0.conv1, layer1.0.bn1, ...; layer2.0.downsample.0, .1; fc
+conv1, bn1; layer1.0.conv1, layer1.0.bn1, ...; layer2.0.downsample.0, .1; fc
 """
 
 from __future__ import annotations
