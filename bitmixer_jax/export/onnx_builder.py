@@ -1,0 +1,215 @@
+"""What all ONNX graphs share: a builder of nodes, the float ends, and the operations between layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.deployed import Deployed, FloatStem
+from bitmixer_jax.export.description import describe
+from bitmixer_jax.layer_table import KernelInfo
+from bitmixer_jax.models.graph import Node, walk
+
+FORMAT, VERSION = "bitmixer-onnx", 1
+
+
+def need_onnx() -> Any:
+    """The onnx package.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import onnx
+        import onnx.checker
+        import onnx.shape_inference
+    except ImportError:
+        raise UserError("ONNX is not installed: pip install 'bitmixer_jax[onnx]'") from None
+    return onnx
+
+
+class Builder:
+    """Nodes and constants of one graph.
+
+    Tensors are names; between layers they are float32 ``[N, C, H, W]``.
+    """
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._onnx = need_onnx()
+        self.nodes: list[Any] = []
+        self.constants: dict[str, Any] = {}
+
+    def node(self, op: str, *inputs: str, outputs: int = 1, name: str = "", **attributes: Any) -> Any:
+        """Adds a node of a standard operator; the name of its output, or a tuple of them."""
+        made = name or f"{op.lower()}_{len(self.nodes)}"
+        names = [made] if outputs == 1 else [f"{made}_{i}" for i in range(outputs)]
+        self.nodes.append(
+            self._onnx.helper.make_node(op, list(inputs), names, name=f"n_{made}", **attributes)
+        )
+        return names[0] if outputs == 1 else tuple(names)
+
+    def constant(self, value: Any, dtype: Any = np.float32, name: str = "") -> str:
+        """A constant; equal ones without a name share one."""
+        array = np.asarray(value, dtype)
+        if not name:
+            name = f"c_{array.dtype}_{array.shape}_{array.tobytes().hex()}"
+            if len(name) > 60:
+                name = f"c_{len(self.constants)}"
+        if name not in self.constants:
+            self.constants[name] = self._onnx.numpy_helper.from_array(array, name)
+        return name
+
+    def small_integers(self, value: np.ndarray, bits: int, name: str) -> str:
+        """A constant of 2 or 4 bits, signed, several to a byte."""
+        kind = {4: self._onnx.TensorProto.INT4, 2: self._onnx.TensorProto.INT2}[bits]
+        tensor = self._onnx.helper.make_tensor(name, kind, value.shape, value.ravel().tolist())
+        self.constants[name] = tensor
+        return name
+
+    def conv(self, x: str, weights: str, info: KernelInfo, *bias: str, name: str = "") -> str:
+        """A convolution, padded as the network does it."""
+        (top, bottom), (left, right) = info.padding
+        return str(
+            self.node(
+                "Conv",
+                x,
+                weights,
+                *bias,
+                name=name,
+                strides=list(info.strides),
+                pads=[top, left, bottom, right],
+                group=info.groups,
+            )
+        )
+
+    def channels(self, values: np.ndarray) -> str:
+        """A constant ``[C, 1, 1]`` of values ``[C]``."""
+        return self.constant(np.asarray(values, np.float32).reshape(-1, 1, 1))
+
+
+def oihw(kernel: np.ndarray) -> np.ndarray:
+    """``[kh, kw, I, O]`` as ONNX wants it."""
+    return np.ascontiguousarray(np.moveaxis(kernel, (0, 1, 2, 3), (2, 3, 1, 0)))
+
+
+def real_ops(b: Builder) -> dict[str, Callable[..., str]]:
+    """The operations between layers, by name (`models.graph.Node`)."""
+
+    def shortcut(node: Node, x: str) -> str:
+        ends = b.constant([np.iinfo(np.int64).max] * 2, np.int64)
+        starts, axes = b.constant([0, 0], np.int64), b.constant([2, 3], np.int64)
+        steps = b.constant([node.stride] * 2, np.int64)
+        some = b.node("Slice", x, starts, ends, axes, steps)
+        # How many zero channels: what is missing, whatever comes in.
+        have = b.node("Gather", b.node("Shape", some), b.constant(1, np.int64), axis=0)
+        more = b.node("Sub", b.constant(node.channels, np.int64), have)
+        unsqueezed = b.node("Unsqueeze", more, b.constant([0], np.int64))
+        zeros = b.constant([0] * 5, np.int64)
+        pads = b.node("Concat", zeros, unsqueezed, b.constant([0, 0], np.int64), axis=0)
+        return str(b.node("Pad", some, pads, b.constant(0.0)))
+
+    return {
+        "relu": lambda node, x: b.node("Relu", x),
+        "relu6": lambda node, x: b.node("Clip", x, b.constant(0.0), b.constant(6.0)),
+        "max_pool": lambda node, x: b.node(
+            "MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4
+        ),
+        "shortcut": shortcut,
+        "add": lambda node, x, y: b.node("Add", x, y),
+    }
+
+
+def normalised(b: Builder, deployed: Deployed) -> str:
+    """The input ``images`` uint8 ``[N, H, W, C]``, normalised as in training."""
+    x = b.node("Cast", "images", to=b._onnx.TensorProto.FLOAT)
+    x = b.node("Sub", x, b.constant(deployed.mean))
+    x = b.node("Mul", x, b.constant(np.float32(1) / deployed.std))
+    return str(b.node("Transpose", x, perm=[0, 3, 1, 2]))
+
+
+def float_stem(b: Builder, stem: FloatStem, x: str) -> str:
+    """The real-valued first convolution and its norm."""
+    sums = b.conv(x, b.constant(oihw(stem.kernel), name="stem.kernel"), stem.info)
+    scaled = b.node("Mul", sums, b.channels(stem.multiplier))
+    return str(b.node("Add", scaled, b.channels(stem.offset)))
+
+
+def head(b: Builder, deployed: Deployed, x: str) -> str:
+    """Average over pixels and the last linear layer: logits."""
+    last = deployed.head
+    pooled = b.node("Flatten", b.node("GlobalAveragePool", x))
+    if last.steps is None:
+        sums = b.node("MatMul", pooled, b.constant(last.kernel, name="head.kernel"))
+    else:
+        input_step, kernel_step = last.steps
+        codes = b.node("Round", b.node("Mul", pooled, b.constant(1 / np.float32(input_step))))
+        codes = b.node("Clip", codes, b.constant(0.0), b.constant(255.0))
+        kernel = b.node(
+            "DequantizeLinear",
+            b.constant(last.kernel, np.int8, name="head.kernel"),
+            b.constant(1.0),
+        )
+        sums = b.node("MatMul", codes, kernel)
+        scale = np.float32(input_step) * np.float32(kernel_step)
+        sums = b.node("Mul", sums, b.constant(scale))
+    return str(b.node("Add", sums, b.constant(last.bias, name="head.bias")))
+
+
+def finish(
+    b: Builder,
+    deployed: Deployed,
+    ops: Mapping[str, Callable[..., Any]],
+    *,
+    opset: int,
+    policy: np.ndarray | None,
+    form: str,
+) -> Any:
+    """Walks the network and makes the model, with its metadata.
+
+    Args:
+      ops: of the nodes of the network's graph.
+      policy: ``[L]`` widths; None where the policy is an input.
+      form: what to call it in the metadata.
+    """
+    onnx = b._onnx
+    walk(deployed.graph, normalised(b, deployed), ops)
+    logits = b.node("Identity", b.nodes[-1].output[0], name="logits")
+    dims = ["batch", *deployed.image_shape]
+    values = onnx.helper.make_tensor_value_info
+    inputs = [values("images", onnx.TensorProto.UINT8, dims)]
+    if policy is None:
+        inputs.append(values("policy", onnx.TensorProto.INT64, [len(deployed.layers)]))
+    outputs = [values(logits, onnx.TensorProto.FLOAT, ["batch", len(deployed.classes)])]
+    graph = onnx.helper.make_graph(
+        b.nodes, "bitmixer", inputs, outputs, initializer=list(b.constants.values())
+    )
+    model = onnx.helper.make_model(
+        graph,
+        opset_imports=[onnx.helper.make_opsetid("", opset)],
+        producer_name="bitmixer_jax",
+        ir_version=onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]),
+    )
+    about = describe(deployed)
+    onnx.helper.set_model_props(
+        model,
+        {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "form": form,
+            "choices": json.dumps(list(deployed.space.choices)),
+            "layers": json.dumps(list(deployed.names)),
+            "policy": json.dumps(None if policy is None else [int(w) for w in policy]),
+            "classes": json.dumps(list(deployed.classes)),
+            "image_shape": json.dumps(list(deployed.image_shape)),
+            "normalisation": "in the graph: images are uint8 [batch, H, W, C], 0..255",
+            "mean": json.dumps(about["mean"]),
+            "std": json.dumps(about["std"]),
+            "network": deployed.network,
+        },
+    )
+    return model

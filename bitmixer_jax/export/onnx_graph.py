@@ -1,0 +1,208 @@
+"""ONNX with standard operators: one policy, or all of them with the policy as an input.
+
+Both take ``images`` uint8 ``[batch, H, W, C]`` as an image file holds them and give ``logits`` float32
+``[batch, K]``; docs/onnx.md has the rest. Integer weights stay integers in the file; codes are
+convolved as whole numbers in float32, which is exact, so any engine gives the trained network's
+answers. For speed there is `onnx_int8.int8_model`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.deployed import Deployed, FloatStem, Kernel, Layer, narrowed
+from bitmixer_jax.export.onnx_builder import Builder, finish, float_stem, head, need_onnx, oihw, real_ops
+from bitmixer_jax.files import write_new
+from bitmixer_jax.models.graph import Node
+from bitmixer_jax.quantizers import bounds
+
+CARRIERS = {"int8": (8, 19), "int4": (4, 21), "int2": (2, 25)}  # bits, opset
+
+
+def own_codes(deployed: Deployed, kernel: Kernel, own: int) -> np.ndarray:
+    """Integer weight codes int8 ``[kh, kw, I, O]`` at choice ``own``."""
+    if deployed.weight_kind == "independent":
+        return kernel.codes[own]
+    shift = deployed.code_bits - deployed.space.choices[own]
+    return np.asarray(narrowed(kernel.codes[0], shift, deployed.weight_kind, deployed.code_bits))
+
+
+def places(deployed: Deployed, policy: np.ndarray) -> dict[str, tuple[Layer, int, int]]:
+    """By name: a layer, the index of the width before it (0 where it has no say), and of its own."""
+    index = np.searchsorted(deployed.space.choices, policy)
+    found = {}
+    for layer, own in zip(deployed.layers, index, strict=True):
+        before = layer.info.previous
+        transitional = before >= 0 and len(layer.kernels[0].count) > 1
+        found[layer.info.name] = (layer, int(index[before]) if transitional else 0, int(own))
+    return found
+
+
+def policy_model(deployed: Deployed, policy: np.ndarray, carrier: str = "int8") -> Any:
+    """A model of one policy ``[L]``, an onnx.ModelProto.
+
+    Weights and inputs pass QuantizeLinear and DequantizeLinear; the batch norm of the pair in use is
+    one multiplier and one offset per channel.
+
+    Args:
+      carrier: type that holds a layer's weights: "int8", "int4" (opset 21; takes layers of up to 4
+        bits), or "int2" (opset 25; for layers of 2 bits, the others as with "int4"). Wider layers
+        stay in int8.
+
+    Raises:
+      UserError: an unknown carrier or policy, a pair that training never visited, or onnx is not
+        installed.
+    """
+    if carrier not in CARRIERS:
+        raise UserError(f"carrier {carrier!r}: choose from {', '.join(CARRIERS)}")
+    policy = deployed.space.check(policy, len(deployed.layers))
+    deployed.check_visited(policy)
+    b, found = Builder(), places(deployed, policy)
+    least, opset = CARRIERS[carrier]
+
+    def layer(node: Node, x: str) -> tuple[str, ...]:
+        of, before, own = found[node.layer]
+        return _layer(b, deployed, of, x, before, own, deployed.space.choices[own], least)
+
+    ops = {**real_ops(b), "stem": _stem(b, deployed), "layer": layer}
+    ops["head"] = lambda node, x: head(b, deployed, x)
+    return finish(b, deployed, ops, opset=opset, policy=policy, form=f"policy, {carrier}")
+
+
+def _stem(b: Builder, deployed: Deployed) -> Any:
+    stem = deployed.stem
+    if isinstance(stem, FloatStem):
+        return lambda node, x: float_stem(b, stem, x)
+    return lambda node, x: _layer(b, deployed, stem, x, 0, 0, 8, 8, "independent")
+
+
+def _layer(
+    b: Builder,
+    deployed: Deployed,
+    layer: Layer,
+    x: str,
+    before: int,
+    own: int,
+    bits: int,
+    least: int,
+    kind: str = "",
+) -> tuple[str, ...]:
+    """A quantised layer at one width: its outputs, float32."""
+    kind = kind or deployed.weight_kind
+    codes = quantised(b, x, layer.step[own], bits, layer.info.signed)
+    codes = b.node("DequantizeLinear", codes, b.constant(1.0))
+    outputs = []
+    for kernel in layer.kernels:
+        of = kernel.codes[0] if layer is deployed.stem else own_codes(deployed, kernel, own)
+        name = f"{layer.info.name}.{kernel.info.name}"
+        carrier = 8 if bits > 4 else max(least, 2 if bits == 2 else 4)
+        if carrier == 8:
+            weights = b.constant(oihw(of), np.int8, name=name)
+        else:
+            weights = b.small_integers(oihw(of), carrier, name)
+        weights = b.node("DequantizeLinear", weights, b.constant(1.0))
+        if kind == "floor":
+            weights = b.node("Add", weights, b.constant(0.5))
+        sums = b.conv(codes, weights, kernel.info, name=f"{name}.sums")
+        scaled = b.node("Mul", sums, b.channels(kernel.multiplier[before, own]))
+        outputs.append(b.node("Add", scaled, b.channels(kernel.offset[before, own])))
+    return tuple(outputs)
+
+
+def quantised(b: Builder, x: str, step: Any, bits: int, signed: bool) -> str:
+    """Codes of ``x`` in (u)int8; those of fewer than 8 bits are clipped, as the type does not."""
+    dtype = np.int8 if signed else np.uint8
+    zero = b.constant(0, dtype)
+    codes = b.node("QuantizeLinear", x, b.constant(step), zero)
+    if bits == 8:
+        return str(codes)
+    low, high = bounds(bits, signed)
+    return str(b.node("Clip", codes, b.constant(low, dtype), b.constant(high, dtype)))
+
+
+def switchable_model(deployed: Deployed) -> Any:
+    """A model of all policies: its second input is ``policy`` int64 ``[L]``, widths.
+
+    One set of int8 weights for all widths (one per width if the quantiser is not nested), narrowed
+    in the graph. A width that is not a choice gives NaN for all logits.
+
+    Raises:
+      UserError: onnx is not installed.
+    """
+    b, space = Builder(), deployed.space
+    n = space.n
+    choices = b.constant([space.choices], np.int64)
+    asked = b.node("Unsqueeze", "policy", b.constant([1], np.int64))
+    equal = b.node("Cast", b.node("Equal", asked, choices), to=b._onnx.TensorProto.INT32)
+    indices = b.node("ArgMax", equal, axis=1, keepdims=0)
+    known = b.node("ReduceMin", b.node("ReduceMax", equal, b.constant([1], np.int64)), keepdims=0)
+    number = {layer.info.name: place for place, layer in enumerate(deployed.layers)}
+    index = [
+        b.node("Gather", indices, b.constant(place, np.int64), axis=0)
+        for place in range(len(deployed.layers))
+    ]
+
+    def table(values: Any, row: str, name: str = "") -> str:
+        return str(b.node("Gather", b.constant(values, name=name), row, axis=0))
+
+    def layer(node: Node, x: str) -> tuple[str, ...]:
+        of = deployed.layers[number[node.layer]]
+        own = index[number[node.layer]]
+        edges = [bounds(bits, of.info.signed) for bits in space.choices]
+        codes = b.node("Mul", x, table(1 / of.step, own))
+        codes = b.node("Clip", b.node("Round", codes), *(table(edge, own) for edge in zip(*edges)))
+        outputs = []
+        for kernel in of.kernels:
+            name = f"{of.info.name}.{kernel.info.name}"
+            weights = narrow(kernel, own, name)
+            row = own
+            if len(kernel.count) > 1:
+                before = index[of.info.previous]
+                row = b.node("Add", b.node("Mul", before, b.constant(n, np.int64)), own)
+            sums = b.conv(codes, weights, kernel.info, name=f"{name}.sums")
+            shape = (-1, kernel.info.shape[-1], 1, 1)
+            multiplier = table(kernel.multiplier.reshape(shape), row, f"{name}.multiplier")
+            offset = table(kernel.offset.reshape(shape), row, f"{name}.offset")
+            outputs.append(b.node("Add", b.node("Mul", sums, multiplier), offset))
+        return tuple(outputs)
+
+    def narrow(kernel: Kernel, own: str, name: str) -> str:
+        """Weights float32 ``[O, I, kh, kw]`` at the width: whole numbers, or halves between."""
+        stored = np.stack([oihw(codes) for codes in kernel.codes])
+        kind = deployed.weight_kind
+        if kind == "independent":
+            codes = b.node("Gather", b.constant(stored, np.int8, name=name), own, axis=0)
+            return str(b.node("Cast", codes, to=b._onnx.TensorProto.FLOAT))
+        wide = b.node(
+            "Cast", b.constant(stored[0], np.int8, name=name), to=b._onnx.TensorProto.FLOAT
+        )
+        shifts = [deployed.code_bits - bits for bits in space.choices]
+        parts = b.node("Mul", wide, table([2.0**-shift for shift in shifts], own))
+        if kind == "floor":
+            return str(b.node("Add", b.node("Floor", parts), b.constant(0.5)))
+        half = table([0.5 if shift else 0.0 for shift in shifts], own)
+        top = table([bounds(bits, True)[1] for bits in space.choices], own)
+        return str(b.node("Min", b.node("Floor", b.node("Add", parts, half)), top))
+
+    def last(node: Node, x: str) -> str:
+        valid = b.node("Cast", known, to=b._onnx.TensorProto.BOOL)
+        zero, nan = b.constant(0.0), b.constant(np.nan)
+        return str(b.node("Add", head(b, deployed, x), b.node("Where", valid, zero, nan)))
+
+    ops = {**real_ops(b), "stem": _stem(b, deployed), "layer": layer, "head": last}
+    return finish(b, deployed, ops, opset=19, policy=None, form="switchable")
+
+
+def save_onnx(path: str | pathlib.Path, model: Any, *, overwrite: bool = False) -> None:
+    """Checks a model and writes it.
+
+    Raises:
+      UserError: the file is there already, or cannot be written.
+    """
+    onnx = need_onnx()
+    onnx.checker.check_model(model, full_check=True)
+    write_new(path, model.SerializeToString(deterministic=True), overwrite=overwrite)
