@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -226,7 +227,7 @@ class Streamed:
 
 
 class Batch(NamedTuple):
-    """Images uint8 ``[B, size, size, 3]`` and labels int32 ``[B]``; -1 marks what does not count."""
+    """Images uint8 ``[B, size, size, 3]`` and labels int32 ``[B]``; -1 means: leave out."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -330,6 +331,7 @@ class Loader:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+            gc.collect()  # grain's iterators are in cycles, and hold chunks in shared memory
 
     def _mend(self, images: np.ndarray, labels: np.ndarray, failed: np.ndarray) -> None:
         """Tries again what a worker could not read, then takes others instead, or raises."""
