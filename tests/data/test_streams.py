@@ -1,8 +1,7 @@
-"""Streamed images: a pure function of (seed, epoch, image), and honest about what is unreadable."""
+"""Streamed images: a pure function of (seed, epoch, image), whoever decodes them."""
 
 import dataclasses
-import io
-import logging
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -12,68 +11,12 @@ import sys
 import time
 
 import numpy as np
-import PIL.Image
 import pytest
 
 import bitmixer_jax
-from bitmixer_jax.data import Order, Streamed, StreamSettings, open_split, prepare
-from bitmixer_jax.data.crops import DECODERS, centre_box, random_box, read_crop
+from bitmixer_jax.data import Order, _workers
 from bitmixer_jax.errors import UserError
-
-SMALL = StreamSettings(size=16, resize=20)
-SKIP = dataclasses.replace(SMALL, skip_unreadable=True)
-CLASSES, TRAIN, VALIDATION = 3, 15, 5
-
-
-@pytest.fixture(scope="module")
-def pristine(jpegs, tmp_path_factory) -> pathlib.Path:
-    """A data folder that holds the set ``pictures`` as a folder of classes."""
-    folder = tmp_path_factory.mktemp("streams")
-    jpegs.make_folder(
-        folder / "pictures", classes=CLASSES, train=TRAIN, validation=VALIDATION, longest=40
-    )
-    return folder
-
-
-@pytest.fixture
-def pictures(pristine, tmp_path) -> pathlib.Path:
-    """A copy of it, to be damaged."""
-    shutil.copytree(pristine / "pictures", tmp_path / "pictures")
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def records(pristine, tmp_path_factory) -> pathlib.Path:
-    """A data folder that holds the same set as records."""
-    folder = tmp_path_factory.mktemp("records")
-    prepare("imagenet", pristine / "pictures", folder)
-    return folder
-
-
-@pytest.fixture(params=["folder", "records"])
-def form(request, pristine, records):
-    """Name and data folder of the same pictures, in either form."""
-    return {
-        "folder": ("folder:pictures", pristine),
-        "records": ("tfds:imagenet2012", records),
-    }[request.param]
-
-
-def opened(form, split="train", settings=SMALL, workers=0) -> Streamed:
-    data = open_split(form[0], split, form[1], stream=settings, workers=workers)
-    assert isinstance(data, Streamed)
-    return data
-
-
-def training(data, start=0, stop=8, seed=1, batch=8, take=None):
-    """Images and labels ``[steps, b, ...]`` of some steps of training."""
-    order = Order(seed, len(data), batch)
-    batches = list(data.training(order, start, stop, flip=True, take=take))
-    return np.stack([b.images for b in batches]), np.stack([b.labels for b in batches])
-
-
-def same(one, other):
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+from tests.data.streams import CLASSES, TRAIN, VALIDATION, opened, same, training
 
 
 def test_the_stream_is_a_function_of_the_seed_and_the_epoch(form):
@@ -187,271 +130,6 @@ def test_subset_is_in_memory_and_in_order(form):
     assert np.array_equal(some.mean, data.mean)
 
 
-# Crops.
-
-
-def test_random_boxes_lie_inside_and_keep_to_area_and_aspect():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        width, height = rng.integers(20, 400, 2)
-        left, upper, w, h = random_box(rng, int(width), int(height), 0.25)
-        assert left >= 0
-        assert upper >= 0
-        assert left + w <= width
-        assert upper + h <= height
-        if max(width, height) < 1.3 * min(width, height):
-            assert 0.24 < w * h / (width * height) <= 1
-            assert 0.7 < w / h < 1.4
-
-
-@pytest.mark.parametrize(("width", "height"), [(1000, 10), (10, 1000), (1, 1)])
-def test_odd_shapes_get_the_largest_part_of_allowed_aspect(width, height):
-    left, upper, w, h = random_box(np.random.default_rng(0), width, height, 0.5)
-    assert 0 <= left <= width - w
-    assert 0 <= upper <= height - h
-    assert 0.7 < w / h < 1.4
-
-
-def test_centre_box_takes_its_share_of_the_shorter_side():
-    assert centre_box(500, 256, 224, 256) == (138, 16, 224, 224)
-    assert centre_box(512, 1000, 224, 256) == (32, 276, 448, 448)
-
-
-def _file(image, form="jpeg", **how):
-    stream = io.BytesIO()
-    image.save(stream, form, **how)
-    return stream.getvalue()
-
-
-def _whole(width, height):
-    return 0, 0, width, height
-
-
-@pytest.fixture(params=DECODERS)
-def decoder(request):
-    if request.param == "turbo":
-        pytest.importorskip("simplejpeg")
-        pytest.importorskip("cv2")
-    return request.param
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "PNG", "PNG with palette"])
-def test_every_kind_of_file_becomes_rgb(jpegs, mode, decoder):
-    pixels = jpegs.picture(np.random.default_rng(3), 64, 48, 1, 3)
-    image = PIL.Image.fromarray(pixels)
-    if mode.startswith("PNG"):
-        data = _file(image.convert("P") if "palette" in mode else image, "png")
-    else:
-        data = _file(image.convert(mode), quality=95)
-    crop = read_crop(data, _whole, 32, decoder)
-    assert crop.shape == (32, 32, 3)
-    assert crop.dtype == np.uint8
-    found, wanted = (
-        np.asarray(x.convert("L"), float)
-        for x in (PIL.Image.fromarray(crop), image.resize((32, 32), PIL.Image.Resampling.BILINEAR))
-    )
-    assert np.abs(found - wanted).mean() < 12  # the palette is coarse
-
-
-def test_decoders_agree_but_for_interpolation(jpegs):
-    pytest.importorskip("simplejpeg")
-    pytest.importorskip("cv2")
-    data = jpegs.jpeg(jpegs.picture(np.random.default_rng(0), 100, 80))
-    one, other = (read_crop(data, _whole, 32, name).astype(float) for name in DECODERS)
-    assert np.abs(one - other).mean() < 8
-
-
-def test_truncated_files_are_refused(jpegs, decoder):
-    data = jpegs.jpeg(jpegs.picture(np.random.default_rng(0), 100, 80))
-    for length in (0, 10, len(data) // 2):
-        with pytest.raises(Exception):  # noqa: B017 -- whatever the library raises
-            read_crop(data[:length], _whole, 32, decoder)
-
-
-# What is unreadable.
-
-
-def damage(folder: pathlib.Path, split: str = "train") -> list[str]:
-    """Truncates, empties and replaces one file of each class; returns their names."""
-    files = [sorted((folder / "pictures" / split / f"n{c:04d}").iterdir())[1] for c in range(3)]
-    files[0].write_bytes(files[0].read_bytes()[:300])
-    files[1].write_bytes(b"")
-    files[2].write_bytes(b"no image at all")
-    return [str(file) for file in files]
-
-
-def test_damaged_images_are_named_and_counted(pictures):
-    names = damage(pictures)
-    data = opened(("folder:pictures", pictures))
-    with pytest.raises(UserError, match="3 of the 45 images of a batch cannot be read") as caught:
-        training(data, 0, 1, batch=45)
-    assert all(name in str(caught.value) for name in names)
-    assert "skip_unreadable=True" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_gone_is_named(pictures):
-    data = opened(("folder:pictures", pictures), "validation")
-    gone = pathlib.Path(data.source.name(2))
-    gone.unlink()
-    with pytest.raises(UserError, match=f"1 of the 4 .*{gone.name} .No such file"):
-        list(data.evaluation(4))
-
-
-def test_skipped_images_are_replaced_the_same_way_each_time(pictures, caplog):
-    names = damage(pictures)
-    data = opened(("folder:pictures", pictures), settings=SKIP)
-    with caplog.at_level(logging.WARNING):
-        found = training(data, batch=9)
-    assert sum("unreadable image left out" in text for text in caplog.messages) == 3
-    assert all(any(name in text for text in caplog.messages) for name in names)
-    assert (found[1] >= 0).all()
-    assert found[0].any(axis=(2, 3, 4)).all()
-    assert same(found, training(data, batch=9))
-    assert same([x[3:] for x in found], training(data, 3, batch=9))
-
-
-def test_skipping_leaves_readable_images_as_they_were(pristine, pictures):
-    before = training(opened(("folder:pictures", pristine), settings=SKIP), batch=9)
-    names = damage(pictures)
-    data = opened(("folder:pictures", pictures), settings=SKIP)
-    after = training(data, batch=9)
-    order = Order(1, len(data), 9)
-    bad = [[data.source.name(int(r)) in names for r in order.rows(step)] for step in range(8)]
-    changed = (before[0] != after[0]).any(axis=(2, 3, 4))
-    assert np.array_equal(changed, bad)
-
-
-def test_evaluation_leaves_skipped_images_out(pictures):
-    damage(pictures, "val")
-    loader = opened(("folder:pictures", pictures), "validation", SKIP).evaluation(4)
-    labels = np.concatenate([batch.labels for batch in loader])
-    assert (labels >= 0).sum() == 12
-    assert len(loader.unreadable) == 3
-
-
-def test_a_set_in_which_nothing_is_readable_is_refused(pictures):
-    for file in (pictures / "pictures/train").rglob("*.JPEG"):
-        file.write_bytes(b"")
-    data = opened(("folder:pictures", pictures), settings=SKIP)
-    with pytest.raises(UserError, match="100 images in a row cannot be read"):
-        training(data)
-
-
-def test_empty_classes_are_named_and_counted(pictures, caplog):
-    for name in ("n0001", "n0002"):
-        for file in (pictures / "pictures/val" / name).iterdir():
-            file.unlink()
-    (pictures / "pictures/val/n0002").rmdir()
-    form = ("folder:pictures", pictures)
-    with pytest.raises(UserError, match="2 of 3 classes without images: n0001, n0002; complete"):
-        opened(form, "validation")
-    data = opened(form, "validation", SKIP)
-    assert "2 of 3 classes without images: n0001, n0002" in caplog.text
-    assert len(data) == VALIDATION
-    assert data.num_classes == 3
-
-
-def test_classes_that_train_does_not_have_are_refused(pictures):
-    (pictures / "pictures/val/n9999").mkdir()
-    with pytest.raises(UserError, match="1 classes that .*train does not have: n9999"):
-        opened(("folder:pictures", pictures), "validation", SKIP)
-
-
-def test_a_flat_folder_says_what_to_do(pictures):
-    val = pictures / "pictures/val"
-    for file in list(val.rglob("*.JPEG")):
-        file.rename(val / file.name)
-    for folder in list(val.iterdir()):
-        if folder.is_dir():
-            folder.rmdir()
-    with pytest.raises(UserError, match="15 images outside of any: move each image into the"):
-        opened(("folder:pictures", pictures), "validation")
-
-
-def test_no_folder_of_classes_and_unknown_splits_are_refused(pristine):
-    with pytest.raises(UserError, match="no folder of classes: give one with train/CLASS"):
-        opened(("folder:elsewhere", pristine))
-    with pytest.raises(UserError, match="unknown split 'tset': .* has train, validation"):
-        opened(("folder:pictures", pristine), "tset")
-    with pytest.raises(UserError, match="reaches beyond the 45 examples"):
-        opened(("folder:pictures", pristine), "train[:50]")
-
-
-def shards(records, tmp_path, number):
-    """A copy of the records with the training examples in ``number`` files."""
-    import tensorflow_datasets as tfds
-
-    from bitmixer_jax.data import _imagenet
-    from bitmixer_jax.data._encoded import open_folder
-
-    source, classes = open_folder(records, "train", False)
-    builder = _imagenet._builder({"train": source}, classes)(
-        data_dir=tmp_path, file_format="array_record"
-    )
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False, num_shards=number)
-    )
-    return sorted((tmp_path / "imagenet2012/5.1.0").glob("*train*"))
-
-
-@pytest.mark.parametrize("fault", ["missing", "truncated", "garbage"])
-def test_unreadable_files_of_records_are_named_and_counted(pristine, tmp_path, fault, caplog):
-    files = shards(pristine / "pictures", tmp_path, 3)
-    form = ("tfds:imagenet2012", tmp_path)
-    whole = training(opened(form, settings=SKIP), batch=9)
-    if fault == "missing":
-        files[1].unlink()
-    else:
-        data = files[1].read_bytes()
-        files[1].write_bytes(data[:5000] if fault == "truncated" else b"x" * len(data))
-    with pytest.raises(UserError, match=r"1 of 3 files of records .* 15 of 45 images") as caught:
-        opened(form)
-    assert files[1].name in str(caught.value)
-    assert "\n" not in str(caught.value)
-    data = opened(form, settings=SKIP)
-    assert files[1].name in caplog.text
-    found = training(data, batch=9)
-    assert same(found, training(data, batch=9))
-    kept = np.concatenate([(r < 15) | (r >= 30) for r in map(Order(1, 45, 9).rows, range(8))])
-    equal = (whole[0] == found[0]).all(axis=(2, 3, 4)).ravel()
-    assert equal[kept].all()
-    assert set(found[1].ravel().tolist()) == {0, 1, 2}
-
-
-def test_a_label_that_no_class_has_is_unreadable(records):
-    data = opened(("tfds:imagenet2012", records))
-    narrow = dataclasses.replace(data.source, classes=2)
-    with pytest.raises(UserError, match=r"label 2, where 0\.\.1 is allowed"):
-        training(dataclasses.replace(data, source=narrow))
-
-
-def test_preparing_again_leaves_what_is_there(records, pristine):
-    before = sorted((p.name, p.stat().st_mtime_ns) for p in records.rglob("*"))
-    folder = prepare("imagenet", pristine / "pictures", records)
-    assert folder == records / "imagenet2012/5.1.0"
-    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in records.rglob("*"))
-
-
-def test_settings_that_make_no_sense_are_refused():
-    for how, hint in (
-        (dict(size=0), "size"),
-        (dict(size=300), "resize"),
-        (dict(min_area=0.0), "min_area"),
-    ):
-        with pytest.raises(UserError, match=f"config.stream.{hint}"):
-            StreamSettings(**how)
-
-
-def test_a_decoder_that_is_not_installed_says_how_to_get_it(pristine, monkeypatch):
-    monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    settings = dataclasses.replace(SMALL, decoder="turbo")
-    with pytest.raises(UserError, match=r"needs simplejpeg .* pip install simplejpeg opencv"):
-        opened(("folder:pictures", pristine), settings=settings)
-    with pytest.raises(UserError, match="'fast'; choose from pil, turbo"):
-        opened(("folder:pictures", pristine), settings=dataclasses.replace(SMALL, decoder="fast"))
-
-
 # Workers.
 
 _SCRIPT = """
@@ -504,3 +182,23 @@ def test_workers_end_with_a_killed_parent(streaming):
             return
         time.sleep(0.1)
     pytest.fail("workers are still there")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_one_clear_error(pristine):
+    data = dataclasses.replace(opened(("folder:pictures", pristine)), workers=1)
+    loader = data.training(Order(0, len(data), 8), 0, 10_000, flip=True)
+    next(loader)
+    (worker,) = (p for p in multiprocessing.active_children() if "grain" in p.name)
+    worker.kill()
+    with pytest.raises(UserError, match=r"died .*exit code -9.*lower config\.workers \(now 1\)"):
+        for _ in loader:
+            pass
+    loader.close()
+
+
+def test_little_shared_memory_is_left_alone(monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 2**20))
+    assert _workers._least_shared(2**20) == 2**16
+    assert _workers._least_shared(2**30) > 2**40
