@@ -1,5 +1,6 @@
 """Training and evaluation on images that are streamed: as on resident ones, resumed or not."""
 
+import functools
 import pathlib
 import shutil
 import signal
@@ -16,6 +17,7 @@ from bitmixer_jax.runs import evaluate_workdir, train_and_report
 from bitmixer_jax.search.workdir import Settings, Trained
 from bitmixer_jax.training import Interrupted, load_config, load_trained, loop, train
 from bitmixer_jax.training.checkpoints import Checkpoints
+from bitmixer_jax.training.config import read
 from bitmixer_jax.training.metrics import read_metrics
 
 CONFIG = pathlib.Path(__file__).parent / "streamed_config.py"
@@ -133,7 +135,8 @@ def test_unreadable_images_are_counted_or_fatal(pictures, tmp_path):
     train_and_report(skip, tmp_path / "run")
     last = read_metrics(tmp_path / "run", "train")[-1]
     assert last["unreadable_images"] == 1
-    assert evaluate_workdir(str(tmp_path / "run"))["examples"] == 8
+    found = evaluate_workdir(str(tmp_path / "run"), recalibrate_unvisited=True)
+    assert found["examples"] == 8
 
 
 def test_a_stream_scores_as_the_same_images_in_memory(streamed):
@@ -181,3 +184,64 @@ def test_a_float_twin_starts_a_streamed_run(pictures, tmp_path):
     few = configured(pictures, f"init_from={tmp_path / 'float'}", "order=('weights',)")
     train_and_report(few, tmp_path / "run")
     assert "| float twin |" in (tmp_path / "run" / "report" / "README.md").read_text()
+
+
+def test_the_imagenet_configurations_follow_the_protocol():
+    folder = pathlib.Path(__file__).parents[2] / "experiments" / "configs"
+    layers = {"resnet18": 16, "resnet50": 48, "mobilenetv2": 51}
+    for name, number in layers.items():
+        run = read(load_config(f"{folder}/imagenet_{name}.py", []))
+        assert sum(stage.epochs for stage in run.stages) == 160
+        assert [stage.widths for stage in run.stages] == ["network", "network", "layer"]
+        assert run.choices == (2, 3, 4)
+        assert (run.stream.size, run.stream.resize, run.flip, run.pad) == (224, 256, True, 0)
+        model = run.build(1000, (run.stream.size, run.stream.size, 3))
+        assert model.num_layers == number
+        images = jax.ShapeDtypeStruct((2, 224, 224, 3), np.float32)
+        bits = model.space.uniform(2, number)
+        start = functools.partial(model.init_with_output, bits=bits, train=False)
+        logits, _ = jax.eval_shape(start, jax.random.key(0), images)
+        assert logits.shape == (2, 1000)
+
+
+@pytest.mark.slow
+def test_an_imagenet_configuration_trains_and_evaluates(jpegs, command, tmp_path):
+    pytest.importorskip("simplejpeg")
+    jpegs.make_folder(tmp_path / "imagenet", classes=3, train=14, validation=3, longest=40)
+    file = pathlib.Path(__file__).parents[2] / "experiments/configs/imagenet_resnet18.py"
+    changes = {
+        "data_dir": tmp_path,
+        "model.name": "resnet8",  # a smaller network: the rest is as it is
+        "batch_size": 8,
+        "stream.size": 16,
+        "stream.resize": 20,
+        "workers": 1,
+        "stages.activations.epochs": 0.5,
+        "stages.weights.epochs": 1,
+        "stages.mixed.epochs": 2,
+    }
+    words = [f"--config.{name}={value}" for name, value in changes.items()]
+    done = command("train", "--config", file, "--workdir", tmp_path / "run", *words)
+    assert done.returncode == 0, done.stderr
+    done = command("evaluate", "--workdir", tmp_path / "run", "--random", 2, "--recalibrate")
+    assert done.returncode == 0, done.stderr
+    assert "9 images" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_four_devices_train_on_the_same_batches(pictures, command, tmp_path, monkeypatch):
+    losses = []
+    for devices in (1, 4):
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
+        workdir = tmp_path / f"run{devices}"
+        words = ["--config.order=('weights',)", "--config.report_random=0"]
+        done = command(
+            *("train", "--config", CONFIG, "--workdir", workdir, *words),
+            f"--config.data_dir={pictures}",
+        )
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stdout
+        losses.append([record["loss"] for record in read_metrics(workdir, "train")])
+    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-4)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.05)
