@@ -1,16 +1,19 @@
-"""Speed of a training step, as ratios to the float twin within one run."""
+"""Speed and memory of training and evaluation, as ratios to the float twin within one run."""
 
 from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bitmixer_jax.data import Dataset, augment, normalize
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.evaluation import Evaluator, random_policies
 from bitmixer_jax.models import Network, create_model
 from bitmixer_jax.training.optimizer import OptimizerSettings, make_optimizer
 from bitmixer_jax.training.plan import init
@@ -28,21 +31,23 @@ KINDS = {
 def benchmark(
     name: str, *, batch_size: int = 128, steps: int = 20, compute_dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Times a training step of the float twin and of each stage.
+    """Times training steps of the float twin and of each stage, evaluation, and augmentation.
 
-    "activations" has real-valued weights, "network-wide" and "layer-wise" quantise both. They take
-    turns, one step each, so that a busy machine slows all of them alike; each
-    figure is the median.
+    "activations" has real-valued weights, "network-wide" and "layer-wise" quantise both. All take
+    turns, one call each, so that a busy machine slows them alike; each figure is the median.
 
     Args:
       name: of the network (`create_model`), at its own image size.
       batch_size: over all devices.
-      steps: how many steps of each kind are timed.
+      steps: how many calls of each kind are timed.
       compute_dtype: "float32" or "bfloat16".
 
     Returns:
-      a JSON tree: per kind "images_per_second", "milliseconds", "compile_seconds",
-      "ratio_to_float"; device, versions, settings.
+      a JSON tree: "steps", per kind "milliseconds", "images_per_second", "compile_seconds" (the
+      first call), "memory_bytes" (of a device: arguments and temporaries, as XLA plans them),
+      "ratio_to_float", "memory_to_float"; "evaluation", the same of a forward pass of "float" and
+      of "policies" (one policy each); "data", of drawing, cropping, mirroring and normalising a
+      batch on the device; device, versions, settings.
 
     Raises:
       UserError: unknown network, or a batch that does not fit the devices.
@@ -54,13 +59,10 @@ def benchmark(
         raise UserError(f"steps = {steps}: give 1 or more")
     model = create_model(name, num_classes=10, compute_dtype=compute_dtype)
     rng = np.random.default_rng(0)
-    data = {
-        "image": rng.integers(0, 256, (batch_size, *model.image_shape), np.uint8),
-        "label": rng.integers(0, 10, batch_size, np.int32),
-    }
-    data = replicate(data, devices)
+    images = rng.integers(0, 256, (batch_size, *model.image_shape), np.uint8)
+    labels = rng.integers(0, 10, batch_size, np.int32)
+    data = replicate({"image": images, "label": labels}, devices)
     rows = np.arange(batch_size, dtype=np.int32)[None]
-    running: dict[str, tuple[Spread, TrainState]] = {}
     result: dict[str, Any] = {
         "model": name,
         "batch_size": batch_size,
@@ -69,29 +71,92 @@ def benchmark(
         "jax": jax.__version__,
         "python": platform.python_version(),
         "steps": {},
+        "evaluation": {},
+        "data": {},
     }
-    for kind, stage in KINDS.items():
-        step, state = prepare_step(model, stage, batch_size, devices)
+    calls: list[tuple[dict[str, Any], Callable[[], Any]]] = []
+
+    def add(figures: dict[str, Any], call: Callable[[], Any]) -> None:
+        """Makes the first call, which compiles."""
         begun = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, data, rows))
-        result["steps"][kind] = {"compile_seconds": time.perf_counter() - begun}
-        running[kind] = (step, state)
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        call()
+        figures["compile_seconds"] = time.perf_counter() - begun
+        calls.append((figures, call))
+
+    for kind, stage in KINDS.items():
+        training = _Training(*prepare_step(model, stage, batch_size, devices), data, rows)
+        figures: dict[str, Any] = {}
+        result["steps"][kind] = figures
+        add(figures, training)
+        figures["memory_bytes"] = training.step.memory(training.state, data, rows)
+    examples = Dataset(
+        name, "benchmark", images, labels, tuple("0123456789"), *_moments(model.image_shape[-1])
+    )
+    for kind, network in (("float", model.float_twin()), ("policies", model)):
+        add(result["evaluation"].setdefault(kind, {}), _evaluation(network, examples, devices))
+    add(result["data"], _augmentation(images))
+
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(steps):
-        for kind, (step, state) in running.items():
+        for seconds, (_, call) in zip(times, calls, strict=True):
             begun = time.perf_counter()
-            state, _ = jax.block_until_ready(step(state, data, rows))
-            times[kind].append(time.perf_counter() - begun)
-            running[kind] = (step, state)
-    base = float(np.median(times["float"]))
-    for kind, seconds in times.items():
+            call()
+            seconds.append(time.perf_counter() - begun)
+    for seconds, (figures, _) in zip(times, calls, strict=True):
         middle = float(np.median(seconds))
-        result["steps"][kind] |= {
-            "milliseconds": 1e3 * middle,
-            "images_per_second": batch_size / middle,
-            "ratio_to_float": middle / base,
-        }
+        figures["milliseconds"] = 1e3 * middle
+        figures["images_per_second"] = batch_size / middle
+    for part in ("steps", "evaluation"):
+        base = result[part]["float"]
+        for figures in result[part].values():
+            figures["ratio_to_float"] = figures["milliseconds"] / base["milliseconds"]
+            if part == "steps":
+                figures["memory_to_float"] = figures["memory_bytes"] / base["memory_bytes"]
     return result
+
+
+class _Training:
+    """Training that goes on a step with each call."""
+
+    def __init__(self, step: Spread, state: TrainState, data: Any, rows: np.ndarray):
+        self.step, self.state, self._arguments = step, state, (data, rows)
+
+    def __call__(self) -> None:
+        self.state, _ = jax.block_until_ready(self.step(self.state, *self._arguments))
+
+
+def _evaluation(model: Network, examples: Dataset, devices: list[Any]) -> Callable[[], Any]:
+    """The forward pass of one batch under one policy, as evaluation does it."""
+    variables = jax.jit(lambda key, x: init(model, key, x))(
+        jax.random.key(0), jnp.zeros((1, *model.image_shape))
+    )
+    # Pairs that no training visited are refused; here any statistics will do.
+    stats = jax.tree.map(lambda s: jnp.maximum(s, 1), variables["batch_stats"])
+    variables = replicate({"params": variables["params"], "batch_stats": stats}, devices)
+    each = -(-len(examples) // len(devices))
+    evaluator = Evaluator(
+        model, examples, examples.mean, examples.std, devices, batch_size=each, policies=1
+    )
+    policy = random_policies(model, 1, 0) if model.quant.space else np.zeros((1, 0), np.int32)
+    return lambda: evaluator.top1(variables, policy)
+
+
+def _augmentation(images: np.ndarray) -> Callable[[], Any]:
+    """Crops, mirrors and normalises a batch, as the training step does it."""
+    mean, std = _moments(images.shape[-1])
+
+    @jax.jit
+    def run(key: jax.Array, images: jax.Array) -> jax.Array:
+        rows = jnp.arange(len(images))
+        return normalize(augment(key, images[rows], pad=4, flip=True), mean, std)
+
+    placed = jax.device_put(images)
+    return lambda: jax.block_until_ready(run(jax.random.key(0), placed))
+
+
+def _moments(channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of made-up images, in units of 0..255."""
+    return np.full(channels, 128.0, np.float32), np.full(channels, 64.0, np.float32)
 
 
 def prepare_step(
@@ -124,11 +189,20 @@ def describe(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}, batch {result['batch_size']}, {result['compute_dtype']}, "
         f"{result['device']}, jax {result['jax']}",
-        f"{'step':14}{'ms':>10}{'images/s':>12}{'compile s':>12}{'ratio':>8}",
+        f"{'':14}{'ms':>10}{'images/s':>12}{'compile s':>12}{'ratio':>8}{'MiB':>10}{'ratio':>8}",
     ]
-    for kind, row in result["steps"].items():
-        lines.append(
-            f"{kind:14}{row['milliseconds']:10.1f}{row['images_per_second']:12.0f}"
-            f"{row['compile_seconds']:12.1f}{row['ratio_to_float']:8.2f}"
+
+    def line(name: str, row: dict[str, Any]) -> str:
+        text = (
+            f"{name:14}{row['milliseconds']:10.1f}{row['images_per_second']:12.0f}"
+            f"{row['compile_seconds']:12.1f}"
         )
-    return "\n".join(lines)
+        if "ratio_to_float" in row:
+            text += f"{row['ratio_to_float']:8.2f}"
+        if "memory_bytes" in row:
+            text += f"{row['memory_bytes'] / 2**20:10.0f}{row['memory_to_float']:8.2f}"
+        return text
+
+    lines += ["training step", *(line(f"  {k}", row) for k, row in result["steps"].items())]
+    lines += ["evaluation", *(line(f"  {k}", row) for k, row in result["evaluation"].items())]
+    return "\n".join([*lines, line("augmentation", result["data"])])

@@ -83,7 +83,8 @@ class Evaluator:
             x = normalize(images, mean, std)
 
             def body(i: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                logits: Any = model.apply(variables, x, bits=policies[i], train=False)
+                with jax.default_matmul_precision("highest"):  # of real values, on accelerators
+                    logits: Any = model.apply(variables, x, bits=policies[i], train=False)
                 right = jnp.sum(jnp.argmax(logits, -1) == labels)
                 # argmax of NaN is a class, too: a broken network must not score by chance.
                 right = jnp.where(jnp.isfinite(logits).all(), right, -1)

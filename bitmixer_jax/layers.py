@@ -85,7 +85,7 @@ class Quantization:
         return dataclasses.replace(self, space=None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def _conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -93,8 +93,13 @@ def _conv(
     padding: Padding,
     groups: int,
     dtype: str,
+    exact: bool,
 ) -> jax.Array:
-    """Convolution with operands in ``dtype`` and float32 sums, also in the backward pass."""
+    """Convolution with operands in ``dtype`` and float32 sums, also in the backward pass.
+
+    ``exact`` operands (codes) lose nothing in the fewer bits that accelerators multiply by default,
+    whatever precision is asked for around them (`jax.default_matmul_precision`).
+    """
     return lax.conv_general_dilated(
         x.astype(dtype),
         kernel.astype(dtype),
@@ -102,6 +107,7 @@ def _conv(
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
+        precision=lax.Precision.DEFAULT if exact else None,
         preferred_element_type=jnp.float32,
     )
 
@@ -113,8 +119,9 @@ def _conv_forward(
     padding: Padding,
     groups: int,
     dtype: str,
+    exact: bool,
 ) -> Any:
-    return _conv(x, kernel, strides, padding, groups, dtype), (
+    return _conv(x, kernel, strides, padding, groups, dtype, exact), (
         x.astype(dtype),
         kernel.astype(dtype),
     )
@@ -125,6 +132,7 @@ def _conv_backward(
     padding: Padding,
     groups: int,
     dtype: str,
+    exact: bool,
     residuals: Any,
     g: jax.Array,
 ) -> Any:
@@ -227,7 +235,7 @@ class QuantConv(_Kernel):
         # Real-valued operands keep float32: bfloat16 is exact for codes only.
         exact = step is not None and kernel_step is not None
         dtype = self.quant.compute_dtype if exact or self.quant.space is None else "float32"
-        sums = _conv(codes, kernel, self.strides, self.padding, self.groups, dtype)
+        sums = _conv(codes, kernel, self.strides, self.padding, self.groups, dtype, exact)
         return sums, _product(step, kernel_step)
 
 

@@ -81,7 +81,9 @@ def of_model(
     counts = [own["batch_stats"][name]["conv_norm"]["count"] for name in model.names]
 
     def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
-        return model.apply(weights, images, bits=bits, train=False)
+        # Real values (stem, head) as precisely as engines elsewhere compute them.
+        with jax.default_matmul_precision("highest"):
+            return model.apply(weights, images, bits=bits, train=False)
 
     return Runnable(
         forward=forward,

@@ -166,7 +166,7 @@ def _recalibrated(
 def _float_reference(run: Run) -> float | None:
     """Accuracy of the float twin that a run started from or learned from, if there is one."""
     for workdir in (run.init_from, run.teacher):
-        if not workdir:
+        if not workdir or pathlib.Path(workdir).is_file():
             continue
         try:
             source, model, variables = load_trained(workdir)

@@ -2,8 +2,8 @@
 
     python experiments/time_policies.py --workdir runs/net20-s0 --json out.json
 
-The gain is what a call costs besides its arithmetic, so it shrinks as images grow more. The float
-twin, which quantises nothing and has one plain batch norm, bounds what any way of batching can give:
+The gain is what a call costs besides its arithmetic, so it shrinks as images grow more. The
+float twin, which quantises nothing and has one plain batch norm, bounds what batching can give:
 its convolutions are of the same size.
 """
 
@@ -68,8 +68,8 @@ def main():
             elapsed = seconds(evaluator, variables, policies, given.repeats)
             rates[name] = POLICIES * images / elapsed
         evaluator = Evaluator(float_model, some, data.mean, data.std, policies=1)
-        rates["float twin"] = POLICIES * images / seconds(
-            evaluator, float_variables, policies, given.repeats
+        rates["float twin"] = (
+            POLICIES * images / seconds(evaluator, float_variables, policies, given.repeats)
         )
         rows.append({"images": images, **rates, "ratio": rates["batch"] / rates["one by one"]})
         print(

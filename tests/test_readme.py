@@ -13,7 +13,10 @@ COMMANDS = re.findall(r"^    (bitmixer .*)$", README, re.M)
 
 
 def test_the_readme_shows_commands():
-    assert {line.split()[1] for line in COMMANDS} == {"train", "evaluate", "prepare", "benchmark"}
+    assert {line.split()[1] for line in COMMANDS} == {
+        *("train", "evaluate", "prepare", "benchmark"),
+        *("cost", "search", "front", "export", "predict"),
+    }
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -29,7 +32,7 @@ def test_each_link_leads_somewhere(path):
 
 @pytest.mark.slow
 def test_the_python_example_compiles_once(capsys):
-    (example, _) = re.findall(r"```python\n(.*?)```", README, re.S)
+    example = re.findall(r"```python\n(.*?)```", README, re.S)[0]
     names: dict = {}
     exec(example, names)
     assert capsys.readouterr().out.count("(8, 10)") == 3

@@ -128,6 +128,7 @@ def _float_stem(stem: FloatStem, x: jax.Array) -> jax.Array:
         stem.info.padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=stem.info.groups,
+        precision=lax.Precision.HIGHEST,
     )
     return jnp.asarray(stem.multiplier) * sums + jnp.asarray(stem.offset)
 
@@ -135,7 +136,8 @@ def _float_stem(stem: FloatStem, x: jax.Array) -> jax.Array:
 def _head(head: Head, x: jax.Array) -> jax.Array:
     pooled = jnp.mean(x, (1, 2))
     if head.steps is None:
-        return jnp.asarray(head.bias) + pooled @ jnp.asarray(head.kernel)
+        kernel = jnp.asarray(head.kernel)
+        return jnp.asarray(head.bias) + jnp.matmul(pooled, kernel, precision=lax.Precision.HIGHEST)
     input_step, kernel_step = head.steps
     low, high = bounds(8, False)
     codes = jnp.clip(jnp.round(pooled * (1 / jnp.float32(input_step))), low, high).astype(jnp.int32)

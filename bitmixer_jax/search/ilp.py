@@ -21,20 +21,32 @@ from bitmixer_jax.search.problem import Problem
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class IntegerProgram:
-    """Measures what each width costs each layer while all others stay widest, then solves.
+    """Measures what each width costs each layer while all others stay as they are, then solves.
+
+    First all others are widest. Effects do not quite add up (the batch norm of a layer depends on
+    the width before it), so under a budget it goes on from the solution: measures again around
+    it, and solves for the best that differs from it in at most a third of the layers. Where that is
+    no better, it halves how many may differ (a trust region: linear models, each believed near
+    where it was made).
 
     Attributes:
-      sensitivity: ``[G, n]`` instead of the measured one (`hessian.sensitivity`).
+      sensitivity: ``[G, n]`` instead of the first measurement (`hessian.sensitivity`).
+      rounds: how often it goes on from a solution; 0: the plain integer programme.
       points: how many budgets a front is solved for.
     """
 
     sensitivity: np.ndarray | None = None
+    rounds: int = 3
     points: int = 32
 
     def evaluations(self, problem: Problem) -> int:
         """Policies that it will ask for, at most."""
-        measured = 0 if self.sensitivity is not None else 1 + problem.size * (problem.space.n - 1)
-        return measured + (1 if problem.limits else self.points)
+        around = problem.size * (problem.space.n - 1)
+        first = 0 if self.sensitivity is not None else 1 + around
+        if not problem.limits:
+            return first + self.points
+        steps = self.rounds + self._radius(problem).bit_length() if self.rounds else 0
+        return first + 1 + self.rounds * around + steps
 
     def run(
         self, problem: Problem, rng: np.random.Generator
@@ -42,31 +54,57 @@ class IntegerProgram:
         """See `search.search`; draws nothing."""
         sensitivity = self.sensitivity
         if sensitivity is None:
-            sensitivity = yield from _measure(problem)
-        if problem.limits:
-            problems = [problem]
-        else:
+            (loss,) = yield problem.widest[None]
+            sensitivity = yield from _around(problem, problem.widest, loss)
+        if not problem.limits:
             low, high = problem.range(problem.axis)
-            problems = [problem.within(most) for most in np.linspace(low, high, self.points)]
-        # Of widths that seem equally good, the wider: sensitivities can be zero or noise.
-        spread = np.ptp(sensitivity) or 1.0
-        preferred = sensitivity - 1e-6 * spread * np.arange(problem.space.n) / problem.space.n
-        solutions = [one.minimise(preferred) for one in problems]
-        solved = [s for s in solutions if s is not None]
-        if solved:
-            yield np.unique(solved, axis=0)
+            budgets = [problem.within(most) for most in np.linspace(low, high, self.points)]
+            solved = [one.minimise(_wider(sensitivity)) for one in budgets]
+            yield np.unique([genes for genes in solved if genes is not None], axis=0)
+            return
+        best = problem.minimise(_wider(sensitivity))
+        if best is None:
+            return
+        (least,) = yield best[None]
+        rounds, centre, changes = self.rounds, None, self._radius(problem)
+        while changes:
+            if centre is not best:
+                if not rounds:
+                    return
+                rounds -= 1
+                centre = best
+                sensitivity = yield from _around(problem, centre, least)
+            genes = problem.minimise(_wider(sensitivity), centre, changes)
+            assert genes is not None  # the centre itself fits
+            if (genes == centre).all():
+                return
+            (loss,) = yield genes[None]
+            if loss < least:
+                best, least = genes, loss
+            else:
+                changes //= 2
+
+    @staticmethod
+    def _radius(problem: Problem) -> int:
+        """How many groups the first step beyond a solution may change: a third of them."""
+        return -(-problem.size // 3)
 
 
-def _measure(problem: Problem) -> Generator[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss above that of the widest policy with one group at each width: ``[G, n]``."""
-    widest, n = problem.widest, problem.space.n
-    asked = [widest]
-    for group in range(problem.size):
-        for choice in range(n - 1):
-            genes = widest.copy()
-            genes[group] = choice
-            asked.append(genes)
-    losses = yield np.stack(asked)
-    table = np.zeros((problem.size, n))
-    table[:, :-1] = (losses[1:] - losses[0]).reshape(problem.size, n - 1)
+def _around(
+    problem: Problem, genes: np.ndarray, loss: float
+) -> Generator[np.ndarray, np.ndarray, np.ndarray]:
+    """What it adds to ``loss``, that of ``genes`` ``[G]``, to change one group: ``[G, n]``."""
+    choices = np.arange(problem.space.n)
+    places = np.argwhere(choices != genes[:, None])
+    asked = np.repeat(genes[None], len(places), axis=0)
+    asked[np.arange(len(places)), places[:, 0]] = places[:, 1]
+    losses = yield asked
+    table = np.zeros((problem.size, problem.space.n))
+    table[places[:, 0], places[:, 1]] = losses - loss
     return table
+
+
+def _wider(sensitivity: np.ndarray) -> np.ndarray:
+    """Of widths that seem equally good, the wider: sensitivities can be zero, or noise."""
+    n = sensitivity.shape[1]
+    return sensitivity - 1e-6 * (np.ptp(sensitivity) or 1.0) * np.arange(n) / n

@@ -165,10 +165,15 @@ class Problem:
         limit = _reachable(Limit(cost=self.axis, most=most))
         return dataclasses.replace(self, limits=(*self.limits, limit))
 
-    def minimise(self, table: np.ndarray) -> np.ndarray | None:
+    def minimise(
+        self, table: np.ndarray, near: np.ndarray | None = None, changes: int = 0
+    ) -> np.ndarray | None:
         """Genes ``[G]`` of the least sum of ``table`` ``[G, n]`` that fit; None where none fit.
 
         An integer programme, solved by HiGHS (scipy).
+
+        Args:
+          near, changes: only genes that differ from ``near`` ``[G]`` in at most so many places.
 
         Raises:
           UserError: the table has another shape, or is not finite.
@@ -184,6 +189,10 @@ class Problem:
             row = self.table(limit.cost).reshape(1, -1)
             unit = 1e-3 * (limit.most or row.max() or 1.0)
             rules.append(LinearConstraint(row / unit, -np.inf, limit.most / unit * (1 + _SLACK)))
+        if near is not None:
+            same = np.zeros(shape)
+            same[np.arange(self.size), near] = 1
+            rules.append(LinearConstraint(same.reshape(1, -1), self.size - changes, np.inf))
         for _ in range(_TRIES):
             found = milp(
                 (table / (np.abs(table).max() or 1.0)).ravel(),

@@ -77,7 +77,7 @@ def default_config() -> ConfigDict:
             ),
             label_smoothing=0.0,
             sync_bn=True,
-            init_from="",  # WORKDIR or WORKDIR@STAGE of a trained network to start from
+            init_from="",  # WORKDIR or WORKDIR@STAGE to start from, or a torchvision state_dict
             teacher="",  # WORKDIR of a float twin, for distill = "teacher"
             order=("activations", "weights", "mixed"),
             stages=dict(

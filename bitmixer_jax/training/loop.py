@@ -21,7 +21,7 @@ from bitmixer_jax.training.checkpoints import Checkpoints, claim
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.feed import check_streamed, make_feed
 from bitmixer_jax.training.metrics import Bar, Metrics
-from bitmixer_jax.training.plan import Plan, as_of, initial_state, load_trained, make_plan
+from bitmixer_jax.training.plan import Plan, as_of, initial_state, load_weights, make_plan
 from bitmixer_jax.training.step import (
     Spread,
     StepSettings,
@@ -147,7 +147,7 @@ class _Trainer:
         self.feed = make_feed(self.plan, self.train_data, self.devices)
         self.teacher, self.teacher_variables = None, None
         if any(stage.distill == "teacher" for stage in run.stages):
-            _, self.teacher, variables = load_trained(run.teacher)
+            self.teacher, variables = load_weights(run.teacher, self.plan.model)
             self.teacher_variables = replicate(variables, self.devices)
         self.evaluators: dict[int, Evaluator] = {}
         self.saved_at = time.monotonic()

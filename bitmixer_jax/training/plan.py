@@ -21,6 +21,7 @@ from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.optimizer import make_optimizer
 from bitmixer_jax.training.stages import Stage, start_from
 from bitmixer_jax.training.step import TrainState
+from bitmixer_jax.training.torchvision import load_torchvision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def make_plan(run: Run, model: Network, examples: int) -> Plan:
 
 
 def initial_state(plan: Plan, train: Dataset | Streamed) -> TrainState:
-    """The state a run starts with: fresh, or from another workdir (``config.init_from``)."""
+    """The state a run starts with: fresh, or from other weights (``config.init_from``)."""
     run, model = plan.run, plan.model
     images = train.subset(plan.rows(0)).images
     batch = normalize(jnp.asarray(images), train.mean, train.std)
@@ -109,7 +110,7 @@ def initial_state(plan: Plan, train: Dataset | Streamed) -> TrainState:
     make = jax.jit(lambda key, images: init(model, key, images))
     variables = make(key, batch)
     if run.init_from:
-        _, _, source = load_trained(run.init_from)
+        _, source = load_weights(run.init_from, model)
         started = start_from(source, variables)
         if run.is_float or "step" in source["params"][model.names[0]]["conv"]:
             variables = started
@@ -136,6 +137,18 @@ def _with_new_steps(
         mutable=["params", "batch_stats"],
     )
     return {"params": made["params"], "batch_stats": variables["batch_stats"]}
+
+
+def load_weights(source: str, model: Network) -> tuple[Network, dict[str, Any]]:
+    """A network and its variables, to start or to learn from.
+
+    Args:
+      source: of `load_trained`, or a file with a torchvision state_dict: then it is the float twin
+        of ``model`` (`torchvision.load_torchvision`).
+    """
+    if pathlib.Path(source).is_file():
+        return model.float_twin(), load_torchvision(source, model)
+    return load_trained(source)[1:]
 
 
 def load_trained(source: str | pathlib.Path) -> tuple[Run, Network, dict[str, Any]]:

@@ -215,7 +215,7 @@ class Spread:
 
             return lax.fori_loop(0, number, body, (state, empty))
 
-        self._step = jax.pmap(
+        self._step: Any = jax.pmap(
             counted,
             axis_name=AXIS,
             in_axes=(None, 0, None, None, None) if streamed else (None, None, 0, None, None),
@@ -229,12 +229,25 @@ class Spread:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         if rows is None:
             return self._step(state, data, None, np.int32(1), teacher)
+        number = len(rows)
+        state, metrics = self._step(state, data, self._shards(rows), np.int32(number), teacher)
+        return state, {name: values[:number] for name, values in metrics.items()}
+
+    def memory(self, state: TrainState, data: Any, rows: np.ndarray, teacher: Any = None) -> int:
+        """Bytes that a call takes on a device, as XLA plans them: arguments and temporaries.
+
+        Costs nothing after a call with arguments of these shapes, else a compilation.
+        """
+        lowered = self._step.lower(state, data, self._shards(rows), np.int32(len(rows)), teacher)
+        plan = lowered.compile().memory_analysis()
+        return int(plan.argument_size_in_bytes + plan.temp_size_in_bytes)
+
+    def _shards(self, rows: np.ndarray) -> np.ndarray:
+        """Rows int32 ``[D, most, B / D]``, padded."""
         number, batch = rows.shape
         padded = np.zeros((self.most, batch), np.int32)
         padded[:number] = rows
-        shards = padded.reshape(self.most, self._count, -1).swapaxes(0, 1)
-        state, metrics = self._step(state, data, shards, np.int32(number), teacher)
-        return state, {name: values[:number] for name, values in metrics.items()}
+        return padded.reshape(self.most, self._count, -1).swapaxes(0, 1)
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:

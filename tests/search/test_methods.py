@@ -119,11 +119,11 @@ def test_ilp_finds_the_optimum_of_losses_that_add_up(limits):
 
 def test_ilp_measures_one_layer_at_a_time_and_then_its_solution():
     score = Additive()
-    search(problem_of([("avg_bits", 3)]), IntegerProgram(), score)
-    first, solution = score.asked
-    assert first[0].tolist() == [4] * 6
-    changed = (first[1:] != 4).sum(1)
-    assert (len(first), changed.tolist()) == (13, [1] * 12)
+    search(problem_of([("avg_bits", 3)]), IntegerProgram(rounds=0), score)
+    widest, around, solution = score.asked
+    assert widest.tolist() == [[4] * 6]
+    assert (around != 4).sum(1).tolist() == [1] * 12
+    assert len(np.unique(around, axis=0)) == 12
     assert solution.shape == (1, 6)
 
 
@@ -131,16 +131,42 @@ def test_ilp_believes_the_sensitivities_it_is_given():
     given = np.zeros((6, 3))
     given[:3, :2] = 1
     problem = problem_of([("avg_bits", 3)])
-    found = search(problem, IntegerProgram(sensitivity=given), Additive())
+    found = search(problem, IntegerProgram(sensitivity=given, rounds=0), Additive())
     assert found.policies.tolist() == [[4, 4, 4, 2, 2, 2]]
+
+
+@pytest.mark.parametrize("most", [3, 3.5])
+def test_ilp_goes_on_from_its_solution_while_that_helps(most):
+    problem = problem_of([("avg_bits", most)])
+    plain, more = (
+        search(problem, IntegerProgram(rounds=rounds), Entangled()).best() for rounds in (0, 3)
+    )
+    assert more.loss < plain.loss
+    assert problem.fits_policy(np.asarray(more.widths))
+
+
+def test_ilp_stops_where_one_more_change_does_not_help():
+    score = Additive()
+    given = score.table - score.table[:, 2:]
+    problem = problem_of([("avg_bits", 3)])
+    search(problem, IntegerProgram(sensitivity=given), score)
+    # The solution and its surroundings; the steps beyond lead back to it.
+    assert [len(asked) for asked in score.asked] == [1, 12]
+
+
+def test_steps_beyond_a_solution_change_no_more_layers_than_allowed():
+    problem = problem_of([("avg_bits", 9)])
+    table = np.tile([0.0, 1.0, 2.0], (6, 1))
+    for changes in range(7):
+        genes = problem.minimise(table, np.full(6, 2), changes)
+        assert sorted(genes.tolist()) == [0] * changes + [2] * (6 - changes)
 
 
 def test_ilp_prefers_the_wider_of_widths_that_seem_equally_good():
     given = np.zeros((6, 3))
     problem = problem_of([("avg_bits", 9)])
-    assert search(problem, IntegerProgram(sensitivity=given), Additive()).policies.tolist() == [
-        [4] * 6
-    ]
+    found = search(problem, IntegerProgram(sensitivity=given, rounds=0), Additive())
+    assert found.policies.tolist() == [[4] * 6]
 
 
 @pytest.mark.parametrize("sensitivity", [np.zeros((3, 3)), np.full((6, 3), np.nan)])
@@ -217,9 +243,10 @@ def test_evolution_finds_the_optimum_of_729_policies(kind, limits):
         assert found.best().loss == optimum(problem, score)
 
 
-def test_evolution_finds_what_ilp_misses_where_losses_do_not_add_up():
+def test_evolution_finds_what_a_plain_ilp_misses_where_losses_do_not_add_up():
     problem, score = problem_of([("avg_bits", 3)]), Entangled(3)
-    assert search(problem, IntegerProgram(), score).best().loss > optimum(problem, score) + 0.01
+    plain = search(problem, IntegerProgram(rounds=0), score).best()
+    assert plain.loss > optimum(problem, score) + 0.01
     assert search(problem, Evolution(), score).best().loss == optimum(problem, score)
 
 

@@ -1,6 +1,7 @@
 """Searches of a trained network: budgets kept, test data read once, files, honest words."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -14,7 +15,7 @@ from bitmixer_jax.cost import activation_peak, costs
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator
 from bitmixer_jax.front import load_front
-from bitmixer_jax.search import METHODS, Problem
+from bitmixer_jax.search import METHODS, IntegerProgram, Problem
 from bitmixer_jax.search import workdir as workdirs
 from bitmixer_jax.search.workdir import Settings, Trained, front_workdir, left_out, search_workdir
 from bitmixer_jax.training import load_trained
@@ -137,6 +138,7 @@ def test_hessian_sensitivities_need_no_measurement_but_that_of_the_solution(
 ):
     table = np.tile([0.9, 0.3, 0.0], (6, 1))
     monkeypatch.setattr(workdirs.hessian, "sensitivity", lambda *arguments: table)
+    monkeypatch.setitem(METHODS, "ilp", functools.partial(IntegerProgram, rounds=0))
     out = tmp_path / "policy.json"
     settings = Settings(method="ilp", sensitivity="hessian", **SMALL)
     lines = search_workdir(workdir, ["avg_bits=3"], out, settings)
