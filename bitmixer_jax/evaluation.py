@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bitmixer_jax.bits import sample_random
-from bitmixer_jax.data import Dataset, normalize
+from bitmixer_jax.data import Dataset, Streamed, normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import never_visited
@@ -32,15 +32,18 @@ class Scores(NamedTuple):
 class Evaluator:
     """Scores a network on a data set under any policies, with one compilation.
 
-    The images stay on the devices, an equal part on each. One call of the compiled programme runs
-    up to ``policies`` of them over one batch: how many is data, as they are. ``traces`` counts
-    compilations.
+    The images stay on the devices, an equal part on each; streamed ones are decoded once for all
+    policies of a call of `scores`. One call of the compiled programme runs up to ``policies`` of
+    them over one batch: how many is data, as they are. ``traces`` counts compilations.
+
+    Attributes:
+      examples: number of images; of streamed ones, those that could be read in the last `scores`.
     """
 
     def __init__(
         self,
         model: Network,
-        data: Dataset,
+        data: Dataset | Streamed,
         mean: Any,
         std: Any,
         devices: Sequence[jax.Device] | None = None,
@@ -60,19 +63,13 @@ class Evaluator:
         self._policies = policies
         devices = list(devices or jax.local_devices())
         size = min(batch_size, -(-len(data) // len(devices)))
-        batches = -(-len(data) // (size * len(devices)))
-        total = batches * size * len(devices)
-        labels = np.full(total, -1, np.int32)  # -1: padding, never right
-        labels[: len(data)] = data.labels
-        images = np.zeros((total, *data.image_shape), np.uint8)
-        images[: len(data)] = data.images
-        grid = (batches, len(devices), size)
-        self._batches = [
-            (_shard(i, devices), _shard(y, devices))
-            for i, y in zip(
-                images.reshape(*grid, *data.image_shape), labels.reshape(grid), strict=True
-            )
-        ]
+        self._number = -(-len(data) // (size * len(devices)))
+        self._feed: Callable[[], Iterable[Any]]
+        if isinstance(data, Streamed):
+            self._feed = lambda: _stream(data, devices, size)
+        else:
+            resident = _place(data, devices, size, self._number)
+            self._feed = lambda: resident
 
         def score(
             variables: Any, images: jax.Array, labels: jax.Array, policies: Any, number: Any
@@ -137,17 +134,18 @@ class Evaluator:
         right = np.zeros(len(policies), np.int64)
         loss = np.zeros(len(policies), np.float64)
         most = self._policies
-        calls = [
-            (start, batch)
-            for start in range(0, len(policies), most)
-            for batch in range(len(self._batches))
-        ]
-        for start, batch in progress(calls):
+        starts = range(0, len(policies), most)
+        # Batches outermost: each is streamed once, whatever the number of policies.
+        calls = [(batch, start) for batch in range(self._number) for start in starts]
+        feed = iter(self._feed()) if calls else iter(())
+        examples = 0
+        for _, start in progress(calls):
+            if not start:
+                images, labels, there = next(feed)
+                examples += there
             rows = policies[start : start + most]
             padded = np.concatenate([rows, np.repeat(rows[:1], most - len(rows), axis=0)])
-            counts, losses = self._score(
-                variables, *self._batches[batch], padded, np.int32(len(rows))
-            )
+            counts, losses = self._score(variables, images, labels, padded, np.int32(len(rows)))
             # Gathered over devices: [D, K].
             found = np.asarray(counts)[:, : len(rows)]
             broken = np.flatnonzero((found < 0).any(0))
@@ -158,7 +156,37 @@ class Evaluator:
                 )
             right[start : start + most] += found.sum(0)
             loss[start : start + most] += np.asarray(losses, np.float64)[:, : len(rows)].sum(0)
+        if calls:
+            self.examples = examples
+            if not examples:
+                raise UserError("evaluation: none of the images can be read")
         return Scores(right / self.examples, loss / self.examples)
+
+
+def _place(data: Dataset, devices: Sequence[jax.Device], size: int, batches: int) -> list[Any]:
+    """Batches of (images, labels, how many there are), on the devices; the last one is padded."""
+    total = batches * size * len(devices)
+    labels = np.full(total, -1, np.int32)  # -1: padding, never right
+    labels[: len(data)] = data.labels
+    images = np.zeros((total, *data.image_shape), np.uint8)
+    images[: len(data)] = data.images
+    grid = (batches, len(devices), size)
+    return [
+        (_shard(i, devices), _shard(y, devices), int((y >= 0).sum()))
+        for i, y in zip(images.reshape(*grid, *data.image_shape), labels.reshape(grid), strict=True)
+    ]
+
+
+def _stream(data: Streamed, devices: Sequence[jax.Device], size: int) -> Iterator[Any]:
+    """The same, decoded on the way."""
+    loader = data.evaluation(size * len(devices))
+    try:
+        for images, labels in loader:
+            there = int((labels >= 0).sum())
+            parts = (x.reshape(len(devices), size, *x.shape[1:]) for x in (images, labels))
+            yield *(_shard(part, devices) for part in parts), there
+    finally:
+        loader.close()
 
 
 def _shard(array: np.ndarray, devices: Sequence[jax.Device]) -> jax.Array:
@@ -209,7 +237,8 @@ def evaluate(
     model = evaluator.model
     result: dict[str, Any] = {"examples": evaluator.examples}
     if model.quant.space is None:
-        return result | {"float": float(evaluator.top1(variables, [None], progress)[0])}
+        top1 = float(evaluator.top1(variables, [None], progress)[0])
+        return {"examples": evaluator.examples, "float": top1}
     space, layers = model.space, model.num_layers
     blocks = []
     if uniform:
@@ -221,6 +250,7 @@ def evaluate(
     if not blocks:
         return result
     scores = evaluator.top1(variables, np.concatenate(blocks), progress)
+    result["examples"] = evaluator.examples  # of streamed ones, some may be unreadable
     if uniform:
         result["uniform"] = {str(w): float(s) for w, s in zip(space.choices, scores, strict=False)}
         scores = scores[space.n :]

@@ -98,8 +98,9 @@ def evaluate_workdir(
     if recalibrated:
         result["recalibrated"] = recalibrated
     if count_levels:
-        images = datasets.load(run.dataset, run.train_split, data_dir or run.data_dir or None)
-        some = datasets.normalize(jnp.asarray(images.images[:256]), images.mean, images.std)
+        data = run.load(run.train_split, data_dir)
+        few = data.subset(np.arange(min(256, len(data))))
+        some = datasets.normalize(jnp.asarray(few.images), data.mean, data.std)
         result["levels"] = levels_used(model, variables, some)
     return result
 
@@ -125,7 +126,7 @@ def _evaluate(
     from rich.console import Console
     from rich.progress import track
 
-    test = datasets.load(run.dataset, run.test_split, data_dir or run.data_dir or None)
+    test = run.load(run.test_split, data_dir)
     evaluator = Evaluator(model, test, test.mean, test.std, batch_size=run.evaluate_batch)
 
     def progress(policies: Iterable[Any]) -> Iterable[Any]:
@@ -150,9 +151,9 @@ def _recalibrated(
         print("recalibration: training visited every pair of widths; nothing to do")
         return variables, []
     named = [f"{layer} {before or 'any'}->{own}" for layer, before, own in missing]
-    train_data = datasets.load(run.dataset, run.train_split, data_dir or run.data_dir or None)
+    train_data = run.load(run.train_split, data_dir)
     order = np.random.default_rng(run.seed).permutation(len(train_data))
-    images = train_data.images[order[: 8 * 128]]
+    images = train_data.subset(order[: 8 * 128]).images
     print(
         f"recalibrating {len(named)} pairs of widths never visited in training, with {len(images)} "
         f"training images: {', '.join(named[:6])}{', ...' if len(named) > 6 else ''}"

@@ -1,5 +1,6 @@
 """What tests share: a tiny configuration, and runs of it that are trained once."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -67,3 +68,13 @@ def command():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def jpegs():
+    """The module experiments/make_jpegs.py, which makes pictures and folders of them."""
+    path = pathlib.Path(__file__).parent.parent / "experiments" / "make_jpegs.py"
+    spec = importlib.util.spec_from_file_location("make_jpegs", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

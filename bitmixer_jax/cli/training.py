@@ -72,7 +72,7 @@ def add(command: AddCommand) -> None:
         "verify a data set and keep a local copy for training",
         "bitmixer prepare cifar10 --source cifar-10-python.tar.gz --data_dir data",
     )
-    prepare.add_argument("name", help="cifar10, fashion_mnist or mnist")
+    prepare.add_argument("name", help="cifar10, fashion_mnist, mnist or imagenet")
     prepare.add_argument("--source", required=True, type=pathlib.Path, help="archive or folder")
     prepare.add_argument(
         "--data_dir",

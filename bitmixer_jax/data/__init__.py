@@ -1,8 +1,22 @@
-"""Data sets in memory, their preparation, and augmentation inside the compiled step."""
+"""Data sets in memory or streamed, their preparation, and augmentation inside the compiled step."""
 
 from bitmixer_jax.data._dataset import Dataset
 from bitmixer_jax.data.augment import augment, normalize
-from bitmixer_jax.data.datasets import default_data_dir, load
+from bitmixer_jax.data.datasets import default_data_dir, load, open_split
+from bitmixer_jax.data.order import Order
 from bitmixer_jax.data.prepare import prepare
+from bitmixer_jax.data.streams import Loader, Streamed, StreamSettings
 
-__all__ = ["Dataset", "augment", "default_data_dir", "load", "normalize", "prepare"]
+__all__ = [
+    "Dataset",
+    "Loader",
+    "Order",
+    "StreamSettings",
+    "Streamed",
+    "augment",
+    "default_data_dir",
+    "load",
+    "normalize",
+    "open_split",
+    "prepare",
+]

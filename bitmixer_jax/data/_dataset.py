@@ -64,6 +64,10 @@ class Dataset:
         """Number of examples."""
         return len(self.images)
 
+    def subset(self, rows: np.ndarray) -> "Dataset":
+        """These examples alone: ``rows`` int ``[M]``."""
+        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
+
 
 def channel_stats(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the per-channel mean and standard deviation of images, in units of 0..255.

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.data._dataset import Dataset, histogram_stats, histograms, slice_split
+from bitmixer_jax.data._encoded import open_records
+from bitmixer_jax.data.streams import Streamed, StreamSettings
 from bitmixer_jax.errors import UserError
 
 _NAME = re.compile(r"(?P<path>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<version>\d+\.\d+\.\d+))?")
@@ -40,13 +42,7 @@ def load_prepared(
     name: str, tfds_name: str, split: str, folders: Sequence[pathlib.Path]
 ) -> Dataset:
     """Loads from array_record files; `name` is for messages and for the result."""
-    folder = find_prepared(tfds_name, folders)
-    if folder is None:
-        raise UserError(
-            f"data set {name} is not prepared: looked for NAME[/CONFIG]/VERSION/dataset_info.json "
-            f"of {tfds_name!r} under {' and '.join(map(str, folders))}; prepare it with "
-            "tensorflow-datasets and file_format='array_record', or give the right data_dir"
-        )
+    folder = _prepared(name, tfds_name, folders)
     builder = _builder(folder)
     features, splits = builder.info.features, builder.info.splits
     part, start, stop = slice_split(split, {key: splits[key].num_examples for key in splits})
@@ -59,6 +55,34 @@ def load_prepared(
     chunks = list(_chunks(folder, part, start, stop))
     images, labels = (np.concatenate(arrays) for arrays in zip(*chunks, strict=True))
     return Dataset(name, split, images, labels, tuple(features["label"].names), mean, std)
+
+
+def stream_prepared(
+    name: str,
+    tfds_name: str,
+    split: str,
+    folders: Sequence[pathlib.Path],
+    settings: StreamSettings,
+    workers: int,
+) -> Streamed | None:
+    """The same, streamed; None where all images have one size, so that `load_prepared` serves."""
+    folder = _prepared(name, tfds_name, folders)
+    builder = _builder(folder)
+    if None not in builder.info.features["image"].shape[:2]:
+        return None
+    source, classes = open_records(folder, builder, split, settings.skip_unreadable)
+    return Streamed(name, split, classes, source, settings, workers)
+
+
+def _prepared(name: str, tfds_name: str, folders: Sequence[pathlib.Path]) -> pathlib.Path:
+    folder = find_prepared(tfds_name, folders)
+    if folder is None:
+        raise UserError(
+            f"data set {name} is not prepared: looked for NAME[/CONFIG]/VERSION/dataset_info.json "
+            f"of {tfds_name!r} under {' and '.join(map(str, folders))}; prepare it with "
+            "tensorflow-datasets and file_format='array_record', or give the right data_dir"
+        )
+    return folder
 
 
 def _builder(folder: pathlib.Path) -> Any:
@@ -106,7 +130,8 @@ def _chunks(
         if shapes != {shape}:
             raise UserError(
                 f"{folder} has images of several sizes ({', '.join(map(str, shapes | {shape}))}): "
-                "load takes images of one size, prepare the data set with resized images"
+                "only sets whose feature 'image' has no fixed size are streamed; this one declares "
+                f"{list(_builder(folder).info.features['image'].shape)}"
             )
         yield (
             np.stack([example["image"] for example in examples]),

@@ -1,4 +1,4 @@
-"""Loading a data set by its name, wherever it comes from."""
+"""Opening a data set by its name, wherever it comes from."""
 
 import difflib
 import os
@@ -8,8 +8,10 @@ import numpy as np
 
 from bitmixer_jax.data import _tfds
 from bitmixer_jax.data._dataset import Dataset, channel_stats, slice_split
+from bitmixer_jax.data._encoded import open_folder
 from bitmixer_jax.data._local import load_local
 from bitmixer_jax.data._specs import SPECS
+from bitmixer_jax.data.streams import Streamed, StreamSettings
 from bitmixer_jax.errors import UserError
 
 DATA_DIR_VARIABLE = "BITMIXER_DATA"
@@ -56,6 +58,65 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) 
         f"unknown data set {name!r}: {hint}known are {', '.join(known)} and, as tfds:NAME, any of "
         f"tensorflow-datasets which {' or '.join(map(str, folders))} holds prepared"
     )
+
+
+_DEFAULT = StreamSettings()
+
+
+def open_split(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    stream: StreamSettings = _DEFAULT,
+    workers: int = -1,
+) -> Dataset | Streamed:
+    """Opens one split of a data set, or a slice of one: in memory, or streamed if it is large.
+
+    Args:
+      name: what `load` takes; or one that is streamed: `folder:PATH`, a folder with
+        `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`, its PATH relative to `data_dir`; `tfds:NAME`
+        whose images have no fixed size; `imagenet`, which is `tfds:imagenet2012` or
+        `folder:imagenet`, whichever is there.
+      split: as `load` takes it; of a folder `train`, `validation` (its folder is `val`), ...
+      data_dir: as of `load`.
+      stream: how streamed images are read.
+      workers: see `Streamed`.
+
+    Raises:
+      UserError: as `load`; or classes, or files of records, are missing or unreadable.
+    """
+    folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir).expanduser()
+    folders = [folder, _tfds.default_dir()] if data_dir is None else [folder]
+    known_as = _find_imagenet(folder, folders) if name == "imagenet" else name
+    if known_as.startswith("folder:"):
+        root = folder / pathlib.Path(known_as.removeprefix("folder:")).expanduser()
+        source, classes = open_folder(root, split, stream.skip_unreadable)
+        return Streamed(name, split, classes, source, stream, workers)
+    if name != "digits" and name not in SPECS:
+        of_tfds = known_as.removeprefix("tfds:")
+        if known_as.startswith("tfds:") or _tfds.find_prepared(of_tfds, folders) is not None:
+            found = _tfds.stream_prepared(name, of_tfds, split, folders, stream, workers)
+            if found is not None:
+                return found
+    return load(known_as, split, data_dir)
+
+
+def _find_imagenet(folder: pathlib.Path, folders: list[pathlib.Path]) -> str:
+    """The name of the one form of ImageNet that is there."""
+    records, images = _tfds.find_prepared("imagenet2012", folders), folder / "imagenet"
+    if records is not None and images.is_dir():
+        raise UserError(
+            f"data set imagenet is there twice: {records} and {images}; set config.dataset to "
+            "tfds:imagenet2012 or to folder:imagenet"
+        )
+    if records is None and not images.is_dir():
+        raise UserError(
+            f"data set imagenet: neither {images} (with train/CLASS/*.JPEG and val/CLASS/*.JPEG) "
+            f"nor imagenet2012, prepared as array_record, under {' or '.join(map(str, folders))}; "
+            "docs/imagenet.md says how to make either"
+        )
+    return "folder:imagenet" if records is None else "tfds:imagenet2012"
 
 
 def _load_digits(split: str) -> Dataset:

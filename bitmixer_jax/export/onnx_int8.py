@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.export.deployed import Deployed, FloatStem, Kernel, Layer
-from bitmixer_jax.export.onnx_builder import Builder, finish, float_stem, head, oihw, real_ops
+from bitmixer_jax.export.onnx_builder import Builder, finish, head, oihw, real_ops
 from bitmixer_jax.export.onnx_graph import own_codes, places, quantised
 from bitmixer_jax.models.graph import Node
 from bitmixer_jax.quantizers import bounds
@@ -77,7 +77,7 @@ def int8_model(
 
     def stem(node: Node, x: str) -> Any:
         if isinstance(deployed.stem, FloatStem):
-            return float_stem(b, deployed.stem, x)  # in float32, up to the ReLU behind it
+            return _float_stem(b, deployed.stem, x)  # in float32, up to the ReLU behind it
         return kept(node, *_layer(b, deployed, deployed.stem, x, 0, 0, 8))
 
     def layer(node: Node, x: str) -> tuple[str, ...]:
@@ -92,6 +92,12 @@ def int8_model(
     ops["add"] = real["add"]
     ops |= {"stem": stem, "layer": layer, "head": lambda node, x: head(b, deployed, x)}
     return finish(b, deployed, ops, opset=_OPSET, policy=policy, form="policy, int8 throughout")
+
+
+def _float_stem(b: Builder, stem: FloatStem, x: str) -> str:
+    """The first convolution with its norm in kernel and bias."""
+    kernel = b.constant(oihw(stem.kernel * stem.multiplier), name="stem.kernel")
+    return b.conv(x, kernel, stem.info, b.constant(stem.offset, name="stem.bias"))
 
 
 def _direct(graph: tuple[Node, ...]) -> set[str]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax import data as datasets
 from bitmixer_jax.bits import closest
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import random_policies
@@ -95,9 +94,8 @@ class _Source:
         if settings.policy:
             self.policy = choose_policy(self.model, settings.policy, settings.changes)
             self.runtime.check(self.policy)
-        data_dir = settings.data_dir or self.run.data_dir or None
-        test = datasets.load(self.run.dataset, self.run.test_split, data_dir)
-        self.images = test.images[: settings.images]
+        test = self.run.load(self.run.test_split, settings.data_dir)
+        self.images = test.subset(np.arange(min(settings.images, len(test)))).images
         folder = workdir if pathlib.Path(workdir).is_dir() else workdir.rpartition("@")[0]
         about = read_config(pathlib.Path(folder))["made_for"]
         self.deployed: Deployed = deploy(

@@ -20,7 +20,7 @@ import numpy as np
 from bitmixer_jax import data as datasets
 from bitmixer_jax.bits import closest, save_policy
 from bitmixer_jax.cost import Cost, activation_peak, costs
-from bitmixer_jax.data import Dataset
+from bitmixer_jax.data import Dataset, Streamed
 from bitmixer_jax.data._dataset import slice_split
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
@@ -101,7 +101,7 @@ class Trained:
         self.split = settings.split or self._left_out()
         if self._is_test(self.split):
             raise UserError(f"--split {self.split}: that is test data; search on training data")
-        self.data = self._subset(datasets.load(self.run.dataset, self.split, self.data_dir))
+        self.data = self._subset(self.run.load(self.split, self.data_dir))
         evaluator = self.evaluator(self.data)
         about = {
             "network": self.network,
@@ -123,7 +123,7 @@ class Trained:
         rest = left_out(self.run.train_split)
         if rest is not None:
             try:
-                datasets.load(self.run.dataset, rest, self.data_dir)
+                self.run.load(rest, self.data_dir)
             except UserError:  # training left nothing
                 rest = None
         return self.run.train_split if rest is None or self._is_test(rest) else rest
@@ -135,18 +135,18 @@ class Trained:
         )
         if part != test or part != train:
             return part == test
-        count = len(datasets.load(self.run.dataset, part, self.data_dir))
+        count = len(self.run.load(part, self.data_dir))
         (_, start, stop), (_, first, last) = (
             slice_split(text, {part: count}) for text in (split, self.run.test_split)
         )
         return start < last and first < stop
 
-    def _subset(self, data: Dataset) -> Dataset:
+    def _subset(self, data: Dataset | Streamed) -> Dataset:
         number = min(self.settings.images, len(data))
         rows = np.random.default_rng(self.settings.seed).permutation(len(data))[:number]
-        return dataclasses.replace(data, images=data.images[rows], labels=data.labels[rows])
+        return data.subset(rows)
 
-    def evaluator(self, data: Dataset) -> Evaluator:
+    def evaluator(self, data: Dataset | Streamed) -> Evaluator:
         """An Evaluator of this network."""
         size = self.run.evaluate_batch
         return Evaluator(self.model, data, data.mean, data.std, batch_size=size)
@@ -211,7 +211,7 @@ class Trained:
 
     def test(self) -> tuple[Evaluator, int]:
         """An Evaluator of the test data, and how many images those are."""
-        data = datasets.load(self.run.dataset, self.run.test_split, self.data_dir)
+        data = self.run.load(self.run.test_split, self.data_dir)
         return self.evaluator(data), len(data)
 
 

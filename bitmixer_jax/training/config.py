@@ -12,8 +12,9 @@ from typing import Any
 import ml_collections
 from ml_collections import ConfigDict
 
+from bitmixer_jax import data as datasets
 from bitmixer_jax.bits import BitSpace, closest
-from bitmixer_jax.data import Dataset
+from bitmixer_jax.data import Dataset, Streamed, StreamSettings
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.layers import Quantization
 from bitmixer_jax.models import MODELS, Network, create_model
@@ -28,6 +29,7 @@ FREE = (
     "evaluate_every",
     "data_dir",
     "report_random",
+    "workers",
 )
 
 
@@ -53,6 +55,10 @@ def default_config() -> ConfigDict:
             data_dir="",  # where `bitmixer prepare` put the local copies; "": the default place
             train_split="train",
             test_split="test",
+            stream=dict(  # of images that are streamed: data.StreamSettings
+                size=224, resize=256, min_area=0.08, decoder="pil", skip_unreadable=False
+            ),
+            workers=-1,  # processes that decode streamed images; -1: one for each CPU core
             pad=0,  # random crops after padding by so many pixels
             flip=False,  # random mirroring
             batch_size=128,  # over all devices
@@ -131,6 +137,8 @@ class Run:
     data_dir: str
     train_split: str
     test_split: str
+    stream: StreamSettings
+    workers: int
     pad: int
     flip: bool
     batch_size: int
@@ -157,7 +165,17 @@ class Run:
         """Whether this trains a float twin."""
         return self.stages[0].quantize == "nothing"
 
-    def network(self, data: Dataset) -> Network:
+    def load(self, split: str, data_dir: str | None = None) -> Dataset | Streamed:
+        """A split of the data set, from ``data_dir`` if it is not where training found it."""
+        return datasets.open_split(
+            self.dataset,
+            split,
+            data_dir or self.data_dir or None,
+            stream=self.stream,
+            workers=self.workers,
+        )
+
+    def network(self, data: Dataset | Streamed) -> Network:
         """The network for a data set."""
         return self.build(data.num_classes, data.image_shape)
 
@@ -185,6 +203,7 @@ def read(config: ConfigDict | Mapping[str, Any]) -> Run:
     values = {**defaults, **values}
     _check_types("config", values, defaults)
     _check_types("config.optimizer", values["optimizer"], defaults["optimizer"])
+    _check_types("config.stream", values["stream"], defaults["stream"])
     _check_model(values["model"])
     order = values.pop("order")
     if not order:
@@ -217,6 +236,7 @@ def read(config: ConfigDict | Mapping[str, Any]) -> Run:
     values["stages"] = tuple(stages)
     values["choices"] = tuple(values["choices"])
     values["optimizer"] = OptimizerSettings(**values["optimizer"])
+    values["stream"] = StreamSettings(**values["stream"])
     values["model"] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()
     }
@@ -250,6 +270,7 @@ def _check_run(run: Run) -> None:
         ("evaluate_every", 0),
         ("checkpoint_seconds", 0),
         ("seed", 0),
+        ("workers", -1),
     ):
         if getattr(run, name) < least:
             raise UserError(f"config.{name} = {getattr(run, name)}; give {least} or more")

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitmixer_jax import data as datasets
-from bitmixer_jax.data import Dataset
+from bitmixer_jax.data import Dataset, Streamed
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, evaluate
 from bitmixer_jax.pairs import fill_unvisited_pairs
 from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training.checkpoints import Checkpoints, claim
 from bitmixer_jax.training.config import Run
+from bitmixer_jax.training.feed import check_streamed, make_feed
 from bitmixer_jax.training.metrics import Bar, Metrics
 from bitmixer_jax.training.plan import Plan, as_of, initial_state, load_weights, make_plan
 from bitmixer_jax.training.step import (
@@ -55,9 +55,9 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     run = configuration.read(config)
-    data_dir = run.data_dir or None
-    train_data = datasets.load(run.dataset, run.train_split, data_dir)
-    test_data = datasets.load(run.dataset, run.test_split, data_dir)
+    train_data, test_data = run.load(run.train_split), run.load(run.test_split)
+    if isinstance(train_data, Streamed):
+        check_streamed(run)
     devices = list(devices or jax.devices())
     if run.batch_size % len(devices):
         raise UserError(
@@ -100,6 +100,7 @@ def train(
             checkpoints.save(state, {"stage": run.stages[-1].name})
             checkpoints.wait()
     finally:
+        trainer.feed.close()
         bar.stop()
         metrics.close()
         checkpoints.close()
@@ -134,8 +135,8 @@ class _Trainer:
 
     plan: Plan
     workdir: pathlib.Path
-    train_data: Dataset
-    test_data: Dataset
+    train_data: Dataset | Streamed
+    test_data: Dataset | Streamed
     devices: list[jax.Device]
     checkpoints: Checkpoints
     metrics: Metrics
@@ -143,9 +144,7 @@ class _Trainer:
 
     def __post_init__(self) -> None:
         run = self.plan.run
-        self.data = replicate(
-            {"image": self.train_data.images, "label": self.train_data.labels}, self.devices
-        )
+        self.feed = make_feed(self.plan, self.train_data, self.devices)
         self.teacher, self.teacher_variables = None, None
         if any(stage.distill == "teacher" for stage in run.stages):
             self.teacher, variables = load_weights(run.teacher, self.plan.model)
@@ -184,7 +183,7 @@ class _Trainer:
         step = make_train_step(
             plan.model, run.stages[stage], plan.optimizer(stage), settings, teacher
         )
-        return Spread(step, self.devices, run.steps_per_dispatch)
+        return Spread(step, self.devices, run.steps_per_dispatch, self.feed.streamed)
 
     def run_stage(self, number: int, state: TrainState, signals: _Signals) -> TrainState:
         """Trains to the end of a stage and saves there."""
@@ -216,8 +215,13 @@ class _Trainer:
                 self.bar.say(f"signal {signals.received}: saved at step {step}")
                 raise Interrupted(signals.received)
             take = min(run.steps_per_dispatch, plan.ends[number] - step)
-            rows = np.stack([plan.rows(s) for s in range(step, step + take)])
-            state, metrics = step_function(state, self.data, rows, teacher)
+            try:
+                data, rows = self.feed(step, take)
+            except UserError:  # whoever stops a job may stop the workers with it: save first
+                if not signals.received:
+                    raise
+                continue
+            state, metrics = step_function(state, data, rows, teacher)
             pending.append((step, metrics))
             before, step = step, step + take
             if step // run.log_every > before // run.log_every or before == plan.start(number):
@@ -260,6 +264,8 @@ class _Trainer:
             )
         record = {key: float(v.mean()) for key, v in values.items()}
         record["epoch"] = step / self.plan.steps_per_epoch
+        if self.feed.unreadable():
+            record["unreadable_images"] = self.feed.unreadable()
         rate = clock.rate(sum(len(m["loss"]) for m in fetched))
         speed = ""
         if rate is not None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from bitmixer_jax.data import Dataset, normalize
+from bitmixer_jax.data import Dataset, Order, Streamed, normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
 from bitmixer_jax.training import config as configuration
@@ -53,9 +53,12 @@ class Plan:
 
     def rows(self, step: int) -> np.ndarray:
         """Which examples step ``step`` takes: int32 ``[B]``, a function of (seed, epoch) alone."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.run.seed, epoch, self.examples)
-        return order[within * self.run.batch_size :][: self.run.batch_size]
+        return self.order.rows(step)
+
+    @property
+    def order(self) -> Order:
+        """The order of the training images."""
+        return Order(self.run.seed, self.examples, self.run.batch_size)
 
     def state(self, params: Any, batch_stats: Any, stage: int, step: int) -> TrainState:
         """A state with fresh optimiser state."""
@@ -72,18 +75,6 @@ class Plan:
             return self.state(variables["params"], variables["batch_stats"], 0, 0)
 
         return jax.eval_shape(build)
-
-
-_orders: dict[tuple[int, int, int], np.ndarray] = {}
-
-
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of an epoch, kept until the next is asked for."""
-    if (seed, epoch, size) not in _orders:
-        _orders.clear()
-        order = np.random.default_rng((seed, epoch)).permutation(size)
-        _orders[seed, epoch, size] = order.astype(np.int32)
-    return _orders[seed, epoch, size]
 
 
 def init(model: Network, key: jax.Array, images: jax.Array) -> dict[str, Any]:
@@ -110,10 +101,11 @@ def make_plan(run: Run, model: Network, examples: int) -> Plan:
     return Plan(run, model, examples, per_epoch, tuple(int(end) for end in np.cumsum(lengths)))
 
 
-def initial_state(plan: Plan, train: Dataset) -> TrainState:
+def initial_state(plan: Plan, train: Dataset | Streamed) -> TrainState:
     """The state a run starts with: fresh, or from other weights (``config.init_from``)."""
     run, model = plan.run, plan.model
-    batch = normalize(jnp.asarray(train.images[plan.rows(0)]), train.mean, train.std)
+    images = train.subset(plan.rows(0)).images
+    batch = normalize(jnp.asarray(images), train.mean, train.std)
     key = jax.random.key(run.seed)
     make = jax.jit(lambda key, images: init(model, key, images))
     variables = make(key, batch)

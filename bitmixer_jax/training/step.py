@@ -87,7 +87,8 @@ def make_train_step(
     """Builds ``step(state, data, rows, teacher_variables) -> (state, metrics)`` of one device.
 
     ``data`` is ``{"image": uint8 [N, H, W, C], "label": int32 [N]}``, resident on the device;
-    ``rows`` int32 ``[B / devices]`` says which examples this device takes. Widths are drawn from a
+    ``rows`` int32 ``[B / devices]`` says which examples this device takes: None where data are
+    those examples, streamed, with crops and mirroring done. Widths are drawn from a
     key that is the same on all devices, so all walk through the same pairs. Augmentation draws for
     the global batch, so the result does not depend on the number of devices.
 
@@ -129,23 +130,25 @@ def make_train_step(
         return jnp.mean(jnp.stack(losses)), (stats, jnp.mean(jnp.stack(hits)))
 
     def step(
-        state: TrainState, data: Any, rows: jax.Array, teacher_variables: Any
+        state: TrainState, data: Any, rows: jax.Array | None, teacher_variables: Any
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         widths, crops = jax.random.split(
             jax.random.fold_in(jax.random.key(settings.seed), state.step)
         )
         progress = (state.step - settings.start) / settings.steps
         policies = draw(widths, progress)
-        images = augment(
-            crops,
-            data["image"][rows],
-            pad=settings.pad,
-            flip=settings.flip,
-            offset=lax.axis_index(AXIS) * rows.shape[0],
-            total=settings.batch_size,
-        )
+        images, labels = data["image"], data["label"]
+        if rows is not None:
+            images, labels = images[rows], labels[rows]
+            images = augment(
+                crops,
+                images,
+                pad=settings.pad,
+                flip=settings.flip,
+                offset=lax.axis_index(AXIS) * rows.shape[0],
+                total=settings.batch_size,
+            )
         images = normalize(images, jnp.asarray(settings.mean), jnp.asarray(settings.std))
-        labels = data["label"][rows]
         goal = None
         if teacher is not None:
             goal = teacher.apply(teacher_variables, images, train=False)
@@ -177,14 +180,22 @@ class Spread:
 
     Call it with (state, data, rows ``[K, B]`` int32, teacher_variables): it takes K steps and
     returns (state, metrics, each ``[K]``). K may change up to ``most`` without a new compilation.
-    The state is donated. ``traces`` counts compilations.
+    The state is donated. ``traces`` counts compilations. With ``streamed``, data are the batch of
+    one step, ``[devices, B / devices, ...]`` as they lie on the devices, and rows are None.
 
     Attributes:
       most: steps per dispatch. More than 1 runs a loop inside the program: fewer dispatches on an
         accelerator; slow on CPU, where XLA runs loop bodies on one thread.
     """
 
-    def __init__(self, step: Callable[..., Any], devices: Sequence[jax.Device], most: int = 1):
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        devices: Sequence[jax.Device],
+        most: int = 1,
+        streamed: bool = False,
+    ):
+        assert not streamed or most == 1
         self.most = most
         self.traces = 0
         self._count = len(devices)
@@ -192,7 +203,7 @@ class Spread:
         def counted(state: TrainState, data: Any, rows: Any, number: Any, teacher: Any) -> Any:
             self.traces += 1
             if most == 1:
-                state, metrics = step(state, data, rows[0], teacher)
+                state, metrics = step(state, data, None if streamed else rows[0], teacher)
                 return state, jax.tree.map(lambda m: m[None], metrics)
             shapes = jax.eval_shape(lambda: step(state, data, rows[0], teacher)[1])
             empty = jax.tree.map(lambda s: jnp.zeros((most, *s.shape), s.dtype), shapes)
@@ -207,15 +218,17 @@ class Spread:
         self._step: Any = jax.pmap(
             counted,
             axis_name=AXIS,
-            in_axes=(None, None, 0, None, None),
+            in_axes=(None, 0, None, None, None) if streamed else (None, None, 0, None, None),
             out_axes=(None, None),
             donate_argnums=(0,),
             devices=list(devices),
         )
 
     def __call__(
-        self, state: TrainState, data: Any, rows: np.ndarray, teacher: Any = None
+        self, state: TrainState, data: Any, rows: np.ndarray | None, teacher: Any = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        if rows is None:
+            return self._step(state, data, None, np.int32(1), teacher)
         number = len(rows)
         state, metrics = self._step(state, data, self._shards(rows), np.int32(number), teacher)
         return state, {name: values[:number] for name, values in metrics.items()}

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import pathlib
+import shutil
 import struct
 from collections.abc import Callable, Mapping
 
@@ -12,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from bitmixer_jax.data import _specs, load
+from bitmixer_jax.data import _specs, load, prepare
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 CIFAR = dataclasses.replace(
@@ -175,3 +176,35 @@ def _check(name: str, data_dir: pathlib.Path, arrays: Arrays) -> None:
         pixels = arrays["train_images"].astype(np.float64)  # of training, for both splits
         np.testing.assert_allclose(data.mean, pixels.mean((0, 1, 2)), rtol=1e-6)
         np.testing.assert_allclose(data.std, pixels.std((0, 1, 2)), rtol=1e-6)
+
+
+@pytest.fixture(scope="session")
+def pristine(jpegs, tmp_path_factory) -> pathlib.Path:
+    """A data folder that holds the set ``pictures`` as a folder of classes."""
+    folder = tmp_path_factory.mktemp("streams")
+    jpegs.make_folder(folder / "pictures", classes=3, train=15, validation=5, longest=40)
+    return folder
+
+
+@pytest.fixture
+def pictures(pristine, tmp_path) -> pathlib.Path:
+    """A copy of it, to be damaged."""
+    shutil.copytree(pristine / "pictures", tmp_path / "pictures")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def records(pristine, tmp_path_factory) -> pathlib.Path:
+    """A data folder that holds the same set as records."""
+    folder = tmp_path_factory.mktemp("records")
+    prepare("imagenet", pristine / "pictures", folder)
+    return folder
+
+
+@pytest.fixture(params=["folder", "records"])
+def form(request, pristine, records):
+    """Name and data folder of the same pictures, in either form."""
+    return {
+        "folder": ("folder:pictures", pristine),
+        "records": ("tfds:imagenet2012", records),
+    }[request.param]

@@ -39,17 +39,17 @@ def model(trained):
 def reads(monkeypatch):
     """What is read: the splits that are loaded, and how many policies each call of top1 has."""
     seen = {"splits": [], "top1": []}
-    load, top1 = data.load, Evaluator.top1
+    load, top1 = data.open_split, Evaluator.top1
 
-    def counting_load(name, split, data_dir=None):
+    def counting_load(name, split, data_dir=None, **how):
         seen["splits"].append(split)
-        return load(name, split, data_dir)
+        return load(name, split, data_dir, **how)
 
     def counting_top1(self, variables, policies, *rest):
         seen["top1"].append((self.examples, len(policies)))
         return top1(self, variables, policies, *rest)
 
-    monkeypatch.setattr(data, "load", counting_load)
+    monkeypatch.setattr(data, "open_split", counting_load)
     monkeypatch.setattr(Evaluator, "top1", counting_top1)
     return seen
 

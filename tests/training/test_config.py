@@ -36,6 +36,7 @@ def _no_data(monkeypatch):
         pytest.fail("data were read")
 
     monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(data, "open_split", load)
 
 
 def test_there_are_configurations():

@@ -1,0 +1,120 @@
+"""What the training steps are fed with: resident data and rows of them, or streamed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bitmixer_jax.data import Dataset, Loader, Streamed
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.training.config import Run
+from bitmixer_jax.training.plan import Plan
+from bitmixer_jax.training.step import AXIS, replicate
+
+
+class ResidentFeed:
+    """All data on every device; each step takes rows of them."""
+
+    streamed = False
+
+    def __init__(self, plan: Plan, data: Dataset, devices: Sequence[jax.Device]) -> None:
+        """Places the data."""
+        self._plan = plan
+        self._data = replicate({"image": data.images, "label": data.labels}, devices)
+
+    def __call__(self, step: int, take: int) -> tuple[Any, np.ndarray]:
+        """Data, and rows int32 ``[take, B]``, of the steps from ``step`` on."""
+        return self._data, np.stack([self._plan.rows(s) for s in range(step, step + take)])
+
+    def unreadable(self) -> int:
+        """How many images could not be read: none."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class StreamFeed:
+    """Batches decoded ahead of the steps, each device's part on it."""
+
+    streamed = True
+
+    def __init__(self, plan: Plan, data: Streamed, devices: Sequence[jax.Device]) -> None:
+        """Decodes nothing before the first step is asked for."""
+        self._plan, self._data, self._devices = plan, data, list(devices)
+        self._loader: Loader | None = None
+        self._next = -1
+
+    def __call__(self, step: int, take: int) -> tuple[Any, None]:
+        """The batch of ``step`` as ``[devices, B / devices, ...]``; ``take`` is 1.
+
+        Raises:
+          UserError: images cannot be read, or a worker died.
+        """
+        assert take == 1
+        if self._loader is None or step != self._next:
+            self.close()
+            run, end = self._plan.run, self._plan.ends[-1]
+            self._loader = self._data.training(self._plan.order, step, end, run.flip, self._mine())
+        images, labels = next(self._loader)
+        self._next = step + 1
+        return shard({"image": images, "label": labels}, self._devices), None
+
+    def _mine(self) -> np.ndarray:
+        """Places in the global batch that the devices of this host take, in their order."""
+        here = jax.process_index()
+        places = np.arange(self._plan.run.batch_size).reshape(len(self._devices), -1)
+        return places[[device.process_index == here for device in self._devices]].ravel()
+
+    def unreadable(self) -> int:
+        """How many images could not be read since this start."""
+        return len(self._loader.unreadable) if self._loader is not None else 0
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._loader is not None:
+            self._loader.close()
+
+
+def make_feed(
+    plan: Plan, data: Dataset | Streamed, devices: Sequence[jax.Device]
+) -> ResidentFeed | StreamFeed:
+    """The feed for a training set."""
+    if isinstance(data, Streamed):
+        return StreamFeed(plan, data, devices)
+    return ResidentFeed(plan, data, devices)
+
+
+def check_streamed(run: Run) -> None:
+    """Refuses settings that streamed images have no use for. Raises UserError."""
+    if run.pad:
+        raise UserError(
+            f"config.pad = {run.pad}: random crops of streamed images are of "
+            "config.stream.min_area of their area; set pad to 0"
+        )
+    if run.steps_per_dispatch > 1:
+        raise UserError(
+            f"config.steps_per_dispatch = {run.steps_per_dispatch}: streamed images come one batch "
+            "at a time; set it to 1"
+        )
+
+
+def shard(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Arrays ``[B, ...]`` of this host as ``[devices, B / devices, ...]``, each part on its device.
+
+    With several hosts, B is of the devices of this one alone.
+    """
+    here = [d for d in devices if d.process_index == jax.process_index()]
+    mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+
+    def place(array: np.ndarray) -> jax.Array:
+        parts = array.reshape(len(here), -1, *array.shape[1:])
+        shape = (len(devices), *parts.shape[1:])
+        placed = [jax.device_put(part[None], d) for part, d in zip(parts, here, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+    return jax.tree.map(place, tree)

@@ -1,0 +1,40 @@
+"""ImageNet with MobileNetV2: the paper's protocol, 160 epochs in all, widths {2, 3, 4}.
+
+    bitmixer train --config experiments/configs/imagenet_mobilenetv2.py --workdir runs/inmb \\
+        --config.data_dir=data
+    bitmixer evaluate --workdir runs/inmb --random 100
+
+How the 160 epochs are shared among the stages, the learning rate and the weight decay are our
+choice: no figures of Bit-Mixer for this network were at hand. The variant :float trains a float
+twin for 90 epochs; to start from it, add --config.init_from=WORKDIR. No run of this configuration
+has been made.
+
+Hardware and time, an ESTIMATE from figures of others: one A100 and 8 CPU cores, 13 to 20 hours
+(docs/imagenet.md has the arithmetic).
+"""
+
+from bitmixer_jax.training import default_config, float_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.dataset = "imagenet"
+    config.test_split = "validation"
+    config.stream.decoder = "turbo"  # the fastest of experiments/results/decoders
+    config.flip = True
+    config.model.name = "mobilenetv2"
+    config.batch_size = 256
+    config.optimizer.weight_decay = 4e-5
+    config.stages.activations.epochs = 32.0
+    config.stages.weights.epochs = 48.0
+    config.stages.mixed.epochs = 80.0
+    for stage in config.stages.values():
+        stage.learning_rate = 0.05
+    config.evaluate_every = 10.0
+    config.evaluate_batch = 250
+    config.checkpoint_seconds = 600.0
+    config.log_every = 100
+    if variant == "float":
+        return float_config(config, epochs=90.0, learning_rate=0.05)
+    config.model.compute_dtype = "bfloat16"  # exact for codes
+    return config

@@ -1,0 +1,36 @@
+"""ImageNet with ResNet-18: the paper's protocol, 160 epochs in all, widths {2, 3, 4}.
+
+    bitmixer train --config experiments/configs/imagenet_resnet18.py --workdir runs/in18 \\
+        --config.data_dir=data
+    bitmixer evaluate --workdir runs/in18 --random 100
+
+How the 160 epochs are shared among the stages is our choice. The variant :float trains a float twin
+for 90 epochs; to start from it, add --config.init_from=WORKDIR. Published for widths by layer
+(reported): 69.2 / 68.6 / 64.4% at 4 / 3 / 2 bits. No run of this configuration has been made.
+
+Hardware and time, an ESTIMATE from figures of others: one A100 and 11 CPU cores, 10 to 15 hours
+(docs/imagenet.md has the arithmetic).
+"""
+
+from bitmixer_jax.training import default_config, float_config
+
+
+def get_config(variant=""):
+    config = default_config()
+    config.dataset = "imagenet"
+    config.test_split = "validation"
+    config.stream.decoder = "turbo"  # the fastest of experiments/results/decoders
+    config.flip = True
+    config.model.name = "resnet18"
+    config.batch_size = 256
+    config.stages.activations.epochs = 32.0
+    config.stages.weights.epochs = 48.0
+    config.stages.mixed.epochs = 80.0
+    config.evaluate_every = 10.0
+    config.evaluate_batch = 250
+    config.checkpoint_seconds = 600.0
+    config.log_every = 100
+    if variant == "float":
+        return float_config(config, epochs=90.0)
+    config.model.compute_dtype = "bfloat16"  # exact for codes
+    return config

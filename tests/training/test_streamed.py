@@ -1,0 +1,247 @@
+"""Training and evaluation on images that are streamed: as on resident ones, resumed or not."""
+
+import functools
+import pathlib
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from bitmixer_jax import data
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.evaluation import Evaluator, random_policies
+from bitmixer_jax.pairs import covering_policies
+from bitmixer_jax.runs import evaluate_workdir, train_and_report
+from bitmixer_jax.search.workdir import Settings, Trained
+from bitmixer_jax.training import Interrupted, load_config, load_trained, loop, train
+from bitmixer_jax.training.checkpoints import Checkpoints
+from bitmixer_jax.training.config import read
+from bitmixer_jax.training.metrics import read_metrics
+
+CONFIG = pathlib.Path(__file__).parent / "streamed_config.py"
+STEPS = 2 + 5 + 50
+
+
+@pytest.fixture(scope="module")
+def pictures(jpegs, tmp_path_factory):
+    """A data folder with 40 training and 9 validation pictures of 3 classes and a bit."""
+    folder = tmp_path_factory.mktemp("pictures")
+    jpegs.make_folder(folder / "pictures", classes=3, train=14, validation=3, longest=32)
+    return folder
+
+
+def configured(pictures, *settings, variant=""):
+    words = [f"--config.{s}" for s in (f"data_dir={pictures}", *settings)]
+    return load_config(f"{CONFIG}:{variant}", words)
+
+
+@pytest.fixture(scope="module")
+def streamed(pictures, tmp_path_factory):
+    """Workdir of a whole run, with its report."""
+    workdir = tmp_path_factory.mktemp("streamed") / "run"
+    train_and_report(configured(pictures), workdir)
+    return workdir
+
+
+def values(workdir):
+    """All values of the newest state, and its step."""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.steps[-1]
+    state = checkpoints._manager.restore(step)["state"]
+    checkpoints.close()
+    return step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def test_a_run_on_streamed_images_learns_and_reports(streamed):
+    records = read_metrics(streamed, "train")
+    assert len(records) == STEPS
+    assert np.mean([r["accuracy"] for r in records[-10:]]) > 0.6
+    assert all("unreadable_images" not in record for record in records)
+    assert "9 images" in (streamed / "report" / "README.md").read_text()
+
+
+def test_the_step_is_compiled_once(pictures, tmp_path, capsys):
+    train(configured(pictures, "order=('weights',)"), tmp_path / "run")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_two_runs_of_a_seed_are_the_same_and_of_another_are_not(pictures, tmp_path):
+    few = "order=('weights',)"
+    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+        train(configured(pictures, few, f"seed={seed}"), tmp_path / name)
+    assert values(tmp_path / "one") == values(tmp_path / "two")
+    assert values(tmp_path / "one") != values(tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 5, 33])
+def test_a_stopped_run_ends_as_the_one_that_never_was(
+    streamed, pictures, tmp_path, monkeypatch, at
+):
+    raised = []
+    feed = loop.make_feed
+
+    def stopping(*given):
+        made = feed(*given)
+        call = type(made).__call__
+
+        class Stopping(type(made)):
+            def __call__(self, step, take):
+                if step == at and not raised:
+                    raised.append(step)
+                    signal.raise_signal(signal.SIGTERM)
+                return call(self, step, take)
+
+        made.__class__ = Stopping
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "make_feed", stopping)
+        with pytest.raises(Interrupted):
+            train(configured(pictures), tmp_path / "run")
+    assert values(tmp_path / "run")[0] == at + 1
+    train(configured(pictures), tmp_path / "run")
+    assert values(tmp_path / "run") == values(streamed)
+
+
+@pytest.mark.slow
+def test_workers_may_change_when_a_run_goes_on(streamed, pictures, tmp_path):
+    workdir = shutil.copytree(streamed, tmp_path / "run")
+    for folder in (workdir / "checkpoints").iterdir():
+        if int(folder.name) > 7:
+            shutil.rmtree(folder)
+    train(configured(pictures, "workers=2"), workdir)
+    assert values(workdir) == values(streamed)
+
+
+def test_settings_that_streams_have_no_use_for_are_refused(pictures, tmp_path):
+    for setting, hint in (("pad=4", "set pad to 0"), ("steps_per_dispatch=2", "set it to 1")):
+        with pytest.raises(UserError, match=hint):
+            train(configured(pictures, setting), tmp_path / "run")
+
+
+def test_unreadable_images_are_counted_or_fatal(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "data")
+    damaged = sorted((tmp_path / "data").rglob("train/*/*.JPEG"))[3]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    wrong = next((tmp_path / "data").rglob("val/*/*.JPEG"))
+    wrong.write_bytes(b"")
+    few = "order=('weights',)"
+    with pytest.raises(UserError, match=f"1 of the 8 images of a batch .*{damaged.name}"):
+        train(configured(tmp_path / "data", few), tmp_path / "fatal")
+    skip = configured(tmp_path / "data", few, "stream.skip_unreadable=True")
+    train_and_report(skip, tmp_path / "run")
+    last = read_metrics(tmp_path / "run", "train")[-1]
+    assert last["unreadable_images"] == 1
+    found = evaluate_workdir(str(tmp_path / "run"), recalibrate_unvisited=True)
+    assert found["examples"] == 8
+
+
+def test_a_stream_scores_as_the_same_images_in_memory(streamed):
+    run, model, variables = load_trained(streamed)
+    test = run.load("validation")
+    policies = np.concatenate([random_policies(model, 20, 0), covering_policies(model)])
+    resident = test.subset(np.arange(len(test)))
+    found = [
+        Evaluator(model, images, test.mean, test.std, batch_size=4, policies=8)
+        for images in (test, resident)
+    ]
+    scores = [evaluator.scores(variables, policies) for evaluator in found]
+    assert np.array_equal(scores[0].top1, scores[1].top1)
+    assert np.array_equal(scores[0].loss, scores[1].loss)
+    assert [evaluator.traces for evaluator in found] == [1, 1]
+
+
+def test_images_are_read_once_for_all_policies(streamed, monkeypatch):
+    run, model, variables = load_trained(streamed)
+    test = run.load("validation")
+    read, original = [], type(test.source).read
+
+    def counted(source, index):
+        read.append(index)
+        return original(source, index)
+
+    monkeypatch.setattr(type(test.source), "read", counted)
+    evaluator = Evaluator(model, test, test.mean, test.std, batch_size=4, policies=2)
+    evaluator.scores(variables, random_policies(model, 9, 0))
+    assert sorted(read) == list(range(9))
+
+
+def test_what_comes_after_training_takes_a_subset(streamed):
+    found = evaluate_workdir(str(streamed), recalibrate_unvisited=True, count_levels=True)
+    assert found["examples"] == 9
+    assert {row.bits for row in found["levels"]} == {2, 3, 4}
+    trained = Trained(str(streamed), Settings(images=10))
+    assert isinstance(trained.data, data.Dataset)
+    assert len(trained.data) == 10
+
+
+@pytest.mark.slow
+def test_a_float_twin_starts_a_streamed_run(pictures, tmp_path):
+    train(configured(pictures, variant="float"), tmp_path / "float")
+    few = configured(pictures, f"init_from={tmp_path / 'float'}", "order=('weights',)")
+    train_and_report(few, tmp_path / "run")
+    assert "| float twin |" in (tmp_path / "run" / "report" / "README.md").read_text()
+
+
+def test_the_imagenet_configurations_follow_the_protocol():
+    folder = pathlib.Path(__file__).parents[2] / "experiments" / "configs"
+    layers = {"resnet18": 16, "resnet50": 48, "mobilenetv2": 51}
+    for name, number in layers.items():
+        run = read(load_config(f"{folder}/imagenet_{name}.py", []))
+        assert sum(stage.epochs for stage in run.stages) == 160
+        assert [stage.widths for stage in run.stages] == ["network", "network", "layer"]
+        assert run.choices == (2, 3, 4)
+        assert (run.stream.size, run.stream.resize, run.flip, run.pad) == (224, 256, True, 0)
+        model = run.build(1000, (run.stream.size, run.stream.size, 3))
+        assert model.num_layers == number
+        images = jax.ShapeDtypeStruct((2, 224, 224, 3), np.float32)
+        bits = model.space.uniform(2, number)
+        start = functools.partial(model.init_with_output, bits=bits, train=False)
+        logits, _ = jax.eval_shape(start, jax.random.key(0), images)
+        assert logits.shape == (2, 1000)
+
+
+@pytest.mark.slow
+def test_an_imagenet_configuration_trains_and_evaluates(jpegs, command, tmp_path):
+    pytest.importorskip("simplejpeg")
+    jpegs.make_folder(tmp_path / "imagenet", classes=3, train=14, validation=3, longest=40)
+    file = pathlib.Path(__file__).parents[2] / "experiments/configs/imagenet_resnet18.py"
+    changes = {
+        "data_dir": tmp_path,
+        "model.name": "resnet8",  # a smaller network: the rest is as it is
+        "batch_size": 8,
+        "stream.size": 16,
+        "stream.resize": 20,
+        "workers": 1,
+        "stages.activations.epochs": 0.5,
+        "stages.weights.epochs": 1,
+        "stages.mixed.epochs": 2,
+    }
+    words = [f"--config.{name}={value}" for name, value in changes.items()]
+    done = command("train", "--config", file, "--workdir", tmp_path / "run", *words)
+    assert done.returncode == 0, done.stderr
+    done = command("evaluate", "--workdir", tmp_path / "run", "--random", 2, "--recalibrate")
+    assert done.returncode == 0, done.stderr
+    assert "9 images" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_four_devices_train_on_the_same_batches(pictures, command, tmp_path, monkeypatch):
+    losses = []
+    for devices in (1, 4):
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
+        workdir = tmp_path / f"run{devices}"
+        words = ["--config.order=('weights',)", "--config.report_random=0"]
+        done = command(
+            *("train", "--config", CONFIG, "--workdir", workdir, *words),
+            f"--config.data_dir={pictures}",
+        )
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stdout
+        losses.append([record["loss"] for record in read_metrics(workdir, "train")])
+    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-4)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.05)
