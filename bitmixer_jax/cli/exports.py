@@ -29,7 +29,12 @@ def add(command: AddCommand) -> None:
     )
     add_set(export)
     export.add_argument(
-        "--carrier", default="int8", help="onnx, one policy: int8 (fast), int4 or int2 (small)"
+        "--carrier", default="int8", help="onnx, one policy: weights in int8, int4 or int2"
+    )
+    export.add_argument(
+        "--fast",
+        action="store_true",
+        help="onnx, one policy: 8 bits throughout, several times as fast; answers differ somewhat",
     )
     export.add_argument(
         "--tables", default="float32", help="packed: norms as float32 (exact) or float16 (small)"
@@ -69,6 +74,7 @@ def _export(arguments: argparse.Namespace) -> int:
         policy=arguments.policy,
         changes=tuple(arguments.set),
         carrier=arguments.carrier,
+        fast=arguments.fast,
         tables=arguments.tables,
         images=arguments.images,
         random=arguments.random,

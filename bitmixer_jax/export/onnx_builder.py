@@ -1,4 +1,4 @@
-"""What all ONNX graphs share: a builder of nodes, the float ends, and the operations between layers."""
+"""What all ONNX graphs share: a builder of nodes, the ends, the operations between layers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Builder:
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
 
-    def node(self, op: str, *inputs: str, outputs: int = 1, name: str = "", **attributes: Any) -> Any:
+    def node(
+        self, op: str, *inputs: str, outputs: int = 1, name: str = "", **attributes: Any
+    ) -> Any:
         """Adds a node of a standard operator; the name of its output, or a tuple of them."""
         made = name or f"{op.lower()}_{len(self.nodes)}"
         names = [made] if outputs == 1 else [f"{made}_{i}" for i in range(outputs)]

@@ -1,9 +1,9 @@
 """ONNX with standard operators: one policy, or all of them with the policy as an input.
 
-Both take ``images`` uint8 ``[batch, H, W, C]`` as an image file holds them and give ``logits`` float32
-``[batch, K]``; docs/onnx.md has the rest. Integer weights stay integers in the file; codes are
-convolved as whole numbers in float32, which is exact, so any engine gives the trained network's
-answers. For speed there is `onnx_int8.int8_model`.
+Both take ``images`` uint8 ``[batch, H, W, C]`` as an image file holds them and give ``logits``
+float32 ``[batch, K]``; docs/onnx.md has the rest. Integer weights stay integers in the file; codes
+are convolved as whole numbers in float32, which is exact, so any engine gives the trained
+network's answers. For speed there is `onnx_int8.int8_model`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import numpy as np
 
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.deployed import Deployed, FloatStem, Kernel, Layer, narrowed
-from bitmixer_jax.export.onnx_builder import Builder, finish, float_stem, head, need_onnx, oihw, real_ops
+from bitmixer_jax.export.onnx_builder import (
+    Builder,
+    finish,
+    float_stem,
+    head,
+    need_onnx,
+    oihw,
+    real_ops,
+)
 from bitmixer_jax.files import write_new
 from bitmixer_jax.models.graph import Node
 from bitmixer_jax.quantizers import bounds
@@ -32,7 +40,7 @@ def own_codes(deployed: Deployed, kernel: Kernel, own: int) -> np.ndarray:
 
 
 def places(deployed: Deployed, policy: np.ndarray) -> dict[str, tuple[Layer, int, int]]:
-    """By name: a layer, the index of the width before it (0 where it has no say), and of its own."""
+    """By name: a layer, the index of the width before it (0: it has no say), and of its own."""
     index = np.searchsorted(deployed.space.choices, policy)
     found = {}
     for layer, own in zip(deployed.layers, index, strict=True):
@@ -45,8 +53,8 @@ def places(deployed: Deployed, policy: np.ndarray) -> dict[str, tuple[Layer, int
 def policy_model(deployed: Deployed, policy: np.ndarray, carrier: str = "int8") -> Any:
     """A model of one policy ``[L]``, an onnx.ModelProto.
 
-    Weights and inputs pass QuantizeLinear and DequantizeLinear; the batch norm of the pair in use is
-    one multiplier and one offset per channel.
+    Weights and inputs pass QuantizeLinear and DequantizeLinear; the batch norm of the pair in use
+    is one multiplier and one offset per channel.
 
     Args:
       carrier: type that holds a layer's weights: "int8", "int4" (opset 21; takes layers of up to 4
@@ -154,7 +162,8 @@ def switchable_model(deployed: Deployed) -> Any:
         own = index[number[node.layer]]
         edges = [bounds(bits, of.info.signed) for bits in space.choices]
         codes = b.node("Mul", x, table(1 / of.step, own))
-        codes = b.node("Clip", b.node("Round", codes), *(table(edge, own) for edge in zip(*edges)))
+        low, high = (table(edge, own) for edge in zip(*edges, strict=True))
+        codes = b.node("Clip", b.node("Round", codes), low, high)
         outputs = []
         for kernel in of.kernels:
             name = f"{of.info.name}.{kernel.info.name}"

@@ -66,6 +66,7 @@ def int8_model(
     deployed.check_visited(policy)
     b, found = Builder(), places(deployed, policy)
     direct = _direct(deployed.graph)
+    pooled = _read_by(deployed.graph, "max_pool")
     real = real_ops(b)
 
     def kept(node: Node, *made: str) -> tuple[str, ...]:
@@ -87,7 +88,15 @@ def int8_model(
     def between(op: Any) -> Any:
         return lambda node, *inputs: kept(node, op(node, *inputs))
 
+    def relu(node: Node, x: str) -> Any:
+        # Pooling first is the same, and is done in float: engines pool bytes 30 times as slowly.
+        return (x,) if node.outputs[0] in pooled else kept(node, real["relu"](node, x))
+
+    def max_pool(node: Node, x: str) -> tuple[str, ...]:
+        return kept(node, b.node("Relu", real["max_pool"](node, x)))
+
     ops: dict[str, Any] = {name: between(op) for name, op in real.items()}
+    ops |= {"relu": relu, "max_pool": max_pool}
     # One Q after the ReLU serves the sum before it: engines drop the ReLU.
     ops["add"] = real["add"]
     ops |= {"stem": stem, "layer": layer, "head": lambda node, x: head(b, deployed, x)}
@@ -100,18 +109,27 @@ def _float_stem(b: Builder, stem: FloatStem, x: str) -> str:
     return b.conv(x, kernel, stem.info, b.constant(stem.offset, name="stem.bias"))
 
 
-def _direct(graph: tuple[Node, ...]) -> set[str]:
-    """Tensors that layers alone read, at once or behind a ReLU: they are quantised there."""
+def _readers(graph: tuple[Node, ...]) -> dict[str, list[Node]]:
     readers: dict[str, list[Node]] = {}
     for node in graph:
         for name in node.inputs:
             readers.setdefault(name, []).append(node)
+    return readers
+
+
+def _read_by(graph: tuple[Node, ...], op: str) -> set[str]:
+    """Tensors that nodes of one kind alone read."""
+    return {name for name, each in _readers(graph).items() if {node.op for node in each} == {op}}
+
+
+def _direct(graph: tuple[Node, ...]) -> set[str]:
+    """Tensors that layers alone read, at once or behind a ReLU: they are quantised there."""
+    readers = _readers(graph)
 
     def goes_straight(name: str) -> bool:
         each = readers.get(name, [])
         return all(
-            node.op == "layer"
-            or (node.op in ("relu", "relu6") and goes_straight(node.outputs[0]))
+            node.op == "layer" or (node.op in ("relu", "relu6") and goes_straight(node.outputs[0]))
             for node in each
         )
 
@@ -209,7 +227,7 @@ def _in_float(
     own: int,
     name: str,
 ) -> str:
-    """Weights that int8 cannot hold, those of 8 bits that end in a half, are multiplied in float."""
+    """Weights that int8 cannot hold (8 bits that end in a half) are multiplied in float."""
     stored = b.constant(oihw(own_codes(deployed, kernel, own)), np.int8, name=name)
     weights = b.node("DequantizeLinear", stored, b.constant(1.0))
     weights = b.node("Add", weights, b.constant(deployed.half))

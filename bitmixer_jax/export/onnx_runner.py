@@ -27,9 +27,7 @@ class OnnxRunner:
       policy: int32 ``[L]`` of a file of one policy, else None.
     """
 
-    def __init__(
-        self, path: str | pathlib.Path, optimization: str = "default", threads: int = 0
-    ):
+    def __init__(self, path: str | pathlib.Path, optimization: str = "default", threads: int = 0):
         """Loads the file.
 
         Args:

@@ -57,7 +57,7 @@ def predict_files(
 def _by_onnx(
     model: str, paths: Sequence[pathlib.Path], policy: str, changes: Sequence[str]
 ) -> tuple[np.ndarray, Sequence[str]]:
-    from bitmixer_jax.export.onnx_graph import OnnxRunner
+    from bitmixer_jax.export.onnx_runner import OnnxRunner
 
     runner = OnnxRunner(model)
     images = read_images(paths, runner.image_shape)

@@ -42,6 +42,7 @@ class Settings:
       policy: as `bits.parse_policy` reads it; for onnx: that policy alone. Empty: all policies.
       changes: to the policy, as `bits.parse_changes` reads them.
       carrier: of the weights of one policy in ONNX: "int8", "int4" or "int2".
+      fast: one policy in ONNX in 8 bits throughout, which answers differently (`onnx_int8`).
       tables: dtype of the norms in a packed file: "float32" or "float16".
       images: test images to compare on (no labels are used).
       random: random policies to compare, beside the uniform ones.
@@ -53,6 +54,7 @@ class Settings:
     policy: str = ""
     changes: Sequence[str] = ()
     carrier: str = "int8"
+    fast: bool = False
     tables: str = "float32"
     images: int = 500
     random: int = 10
@@ -71,8 +73,11 @@ class Settings:
         ):
             if value != usual and self.format != only:
                 raise UserError(f"{name} {value}: of --format {only} alone")
-        if self.carrier != "int8" and not self.policy:
-            raise UserError("--carrier: of one policy alone; give --policy")
+        for name, given in (("--carrier", self.carrier != "int8"), ("--fast", self.fast)):
+            if given and not self.policy:
+                raise UserError(f"{name}: of one policy alone in ONNX; give --policy")
+        if self.fast and self.carrier != "int8":
+            raise UserError(f"--fast --carrier {self.carrier}: only int8 is fast; give one of them")
         if self.changes and not self.policy:
             raise UserError("--set changes a policy: give one, such as --policy 4")
         for name, number in (("--images", self.images), ("--random", self.random)):
@@ -107,6 +112,12 @@ class _Source:
             network=digest(self.variables),
             about={"model": dict(self.run.model), "dataset": self.run.dataset},
         )
+
+    def training_images(self, settings: Settings) -> np.ndarray:
+        """Some hundred training images, to see which values occur between layers."""
+        data = self.run.load(self.run.train_split, settings.data_dir)
+        order = np.random.default_rng(settings.seed).permutation(len(data))
+        return data.subset(np.sort(order[:500])).images
 
     def policies(self, settings: Settings) -> list[np.ndarray]:
         """Those to compare: uniform and random ones whose pairs training visited."""
@@ -189,24 +200,35 @@ def _packed(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[st
 
 
 def _onnx(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
-    from bitmixer_jax.export.onnx_graph import OnnxRunner, policy_model, save_onnx, switchable_model
+    from bitmixer_jax.export.onnx_graph import policy_model, save_onnx, switchable_model
+    from bitmixer_jax.export.onnx_int8 import int8_model, stream_ranges
+    from bitmixer_jax.export.onnx_runner import OnnxRunner
 
-    if source.policy is None:
-        save_onnx(path, switchable_model(source.deployed))
+    deployed, policy = source.deployed, source.policy
+    if policy is None:
+        model = switchable_model(deployed)
+    elif settings.fast:
+        ranges = stream_ranges(deployed, policy, source.training_images(settings))
+        model = int8_model(deployed, policy, ranges)
     else:
-        save_onnx(path, policy_model(source.deployed, source.policy, carrier=settings.carrier))
+        model = policy_model(deployed, policy, settings.carrier)
+    save_onnx(path, model)
     runners = [OnnxRunner(path, optimization=level) for level in ("basic", "default")]
-    given = source.policy is None
 
     def both(images: np.ndarray, policy: np.ndarray) -> np.ndarray:
-        """The default level's answer, or none where the basic level gives another class."""
-        basic, usual = (runner(images, policy if given else None) for runner in runners)
-        if (basic.argmax(-1) != usual.argmax(-1)).mean() > 0.005:
+        """The default level's answer, or none where the basic level gives other classes."""
+        asked = policy if runners[0].switchable else None
+        basic, usual = (runner(images, asked) for runner in runners)
+        if (basic.argmax(-1) != usual.argmax(-1)).mean() > 0.01:
             return np.full_like(usual, np.nan)
         return usual
 
-    tolerance = Tolerance() if given else Tolerance(logits=1e-2, share=0.05)
-    return "onnxruntime, basic and default optimisation", both, tolerance
+    what = "onnxruntime, basic and default optimisation"
+    if settings.fast:
+        # Residual branches in 8 bits: on ResNet-20, CIFAR-10, 88% (2 bits) to 97% (4 bits) of
+        # images keep their class. This guards against mistakes, not against that.
+        return what, both, Tolerance(share=1.0, agreement=0.75)
+    return what, both, Tolerance()
 
 
 def _pytorch(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:

@@ -105,6 +105,9 @@ def test_what_is_there_is_kept_unless_told(trained, tmp_path):
         (dict(format="onyx"), "did you mean onnx"),
         (dict(format="packed", policy="3"), "--policy 3: of --format onnx alone"),
         (dict(format="onnx", carrier="int4"), "give --policy"),
+        (dict(format="onnx", fast=True), "--fast.*give --policy"),
+        (dict(format="packed", fast=True), "--fast.*of one policy alone"),
+        (dict(format="onnx", policy="3", fast=True, carrier="int4"), "only int8 is fast"),
         (dict(format="onnx", tables="float16"), "of --format packed alone"),
         (dict(format="onnx", changes=("a=2",)), "--set changes a policy"),
         (dict(format="packed", images=0), "--images 0"),
@@ -138,6 +141,36 @@ def test_predict_names_classes(packed, photos, trained):
     images = data.load("digits", "test[:3]").images
     best = Runtime.load(packed[0]).predict(images, [3, 3, 3, 3, 2, 2]).argmax(-1)
     assert [classes[0][0] for _, classes in by_file] == [str(i) for i in best]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(policy="3"), dict(policy="3", changes=("stage1.*=2",), carrier="int2")],
+    ids=["switchable", "one policy", "int2"],
+)
+def test_onnx_exports_are_verified_and_predict(settings, trained, photos, tmp_path):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "net.onnx"
+    export_workdir(str(trained), path, Settings(format="onnx", **settings, **QUICK))
+    report = json.loads((tmp_path / "net.onnx.report.json").read_text())
+    assert report["passed"]
+    assert report["top1_agreement"] >= 0.99
+    policy = "" if settings else "3"
+    changes = settings.get("changes", ())
+    ours = predict_files(str(path), photos, policy=policy, top=1)
+    theirs = predict_files(str(trained), photos, policy="3", changes=changes, top=1)
+    assert [c[0][0] for _, c in ours] == [c[0][0] for _, c in theirs]
+    if settings:
+        with pytest.raises(UserError, match="holds one policy"):
+            predict_files(str(path), photos, policy="3")
+
+
+def test_the_fast_onnx_export_keeps_most_answers(trained, tmp_path):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "net.onnx"
+    settings = Settings(format="onnx", policy="4", fast=True, **QUICK)
+    (line, _) = export_workdir(str(trained), path, settings)
+    assert "verified" in line
 
 
 def test_predict_says_what_is_wrong(packed, photos, tmp_path, command):
