@@ -62,7 +62,8 @@ class OnnxRunner:
             about = self._session.get_modelmeta().custom_metadata_map
             if about.get("format") != FORMAT:
                 raise ValueError("its metadata is not that of bitmixer")
-            self.image_shape: tuple[int, ...] = tuple(json.loads(about["image_shape"]))
+            height, width, channels = json.loads(about["image_shape"])
+            self.image_shape: tuple[int, int, int] = (height, width, channels)
             self.space = BitSpace(tuple(json.loads(about["choices"])))
             self.names: tuple[str, ...] = tuple(json.loads(about["layers"]))
             self.classes: tuple[str, ...] = tuple(json.loads(about["classes"]))
