@@ -17,7 +17,7 @@ from bitmixer_jax.levels import levels_used
 from bitmixer_jax.models import Network, create_model
 from bitmixer_jax.pairs import covering_policies, never_visited, recalibrate
 from bitmixer_jax.report import table, write_report
-from bitmixer_jax.training import Run, load_trained, train
+from bitmixer_jax.training import Run, hosts, load_trained, train
 from bitmixer_jax.training.checkpoints import read_config
 
 
@@ -26,6 +26,8 @@ def train_and_report(config: Any, workdir: pathlib.Path) -> tuple[pathlib.Path, 
 
     Args:
       config: see `training.default_config`.
+
+    Of several processes, all compute and the first one writes.
 
     Returns:
       the folder of the report, and its table of accuracies (Markdown lines).
@@ -39,12 +41,15 @@ def train_and_report(config: Any, workdir: pathlib.Path) -> tuple[pathlib.Path, 
     try:
         result = _evaluate(run, model, variables, random=random, seed=run.seed)
     except UserError as error:  # a short run has not met every pair: report what there is
-        print(f"report without accuracies: {error}")
+        if hosts.first():
+            print(f"report without accuracies: {error}")
         result = _evaluate(run, model, variables, uniform=False)
     saved = read_config(workdir)
     reference = _float_reference(run)
-    folder = write_report(workdir, model, variables["batch_stats"], result, saved, reference)
-    return folder, table(result, reference)
+    lines = table(result, reference)
+    if not hosts.first():
+        return workdir / "report", lines
+    return write_report(workdir, model, variables["batch_stats"], result, saved, reference), lines
 
 
 def evaluate_workdir(

@@ -1,7 +1,8 @@
 """The command line: ``bitmixer train | evaluate | cost | search | front | export | predict ...``.
 
 Exit status: 0; 2 for a user's mistake (one line on standard error); 143 after SIGTERM and 130
-after an interrupt, once the state is saved. Heavy imports wait until a command runs.
+after an interrupt, once the state is saved; 75 when another process of several was lost. Heavy
+imports wait until a command runs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
+import sys
 
 from bitmixer_jax.cli.common import (
     AddCommand,
@@ -29,6 +31,19 @@ def add(command: AddCommand) -> None:
     )
     train.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
     train.add_argument("--config.NAME", metavar="VALUE", help="change a setting (repeatable)")
+    many = train.add_argument_group(
+        "many processes", "on TPU pods, SLURM and Open MPI the environment tells; docs/scaling.md"
+    )
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="address of the first process")
+    many.add_argument("--processes", type=whole, metavar="N", help="how many there are")
+    many.add_argument("--process", type=whole, metavar="I", help="which one this is, from 0")
+    many.add_argument(
+        "--heartbeat_seconds",
+        type=whole,
+        default=60,
+        metavar="S",
+        help="end when another process was silent for so long (default 60)",
+    )
 
     evaluate = command(
         "evaluate",
@@ -102,6 +117,14 @@ def add(command: AddCommand) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from bitmixer_jax.training import hosts
+
+    hosts.connect(
+        arguments.coordinator,
+        arguments.processes,
+        arguments.process,
+        max(1, arguments.heartbeat_seconds),
+    )
     from bitmixer_jax.runs import train_and_report
     from bitmixer_jax.training import Interrupted, load_config
 
@@ -110,8 +133,12 @@ def _train(arguments: argparse.Namespace) -> int:
         folder, summary = train_and_report(config, arguments.workdir)
     except Interrupted as signal:
         return 128 + int(signal.args[0])
-    print_markdown(summary)
-    print(f"plots and summary: {folder}")
+    except hosts.Lost as error:
+        print(f"bitmixer: {error}", file=sys.stderr, flush=True)
+        os._exit(hosts.LOST)  # at once: an orderly end would wait for the process that is gone
+    if hosts.first():
+        print_markdown(summary)
+        print(f"plots and summary: {folder}")
     return 0
 
 

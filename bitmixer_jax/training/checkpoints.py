@@ -9,7 +9,8 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.training import hosts
 
 CONFIG_FILE = "config.json"
 FORMAT = "bitmixer-checkpoint"
@@ -38,12 +40,18 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
-def claim(workdir: pathlib.Path, config: Mapping[str, Any], free: Iterable[str] = ()) -> None:
+def claim(
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    free: Iterable[str] = (),
+    write: bool = True,
+) -> None:
     """Makes ``workdir`` the home of a run with this configuration, or checks that it is.
 
     Args:
       config: JSON tree.
       free: top-level keys that may change between starts (how often to log, for example).
+      write: false: only check (of several processes one alone writes).
 
     Raises:
       UserError: the folder cannot be written, holds a run of another configuration (the message
@@ -51,6 +59,10 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any], free: Iterable[str] 
     """
     path = workdir / CONFIG_FILE
     config = json.loads(json.dumps(config))
+    if not write and not path.exists():
+        raise UserError(
+            f"{workdir}: not what the first process sees; give all processes one shared --workdir"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -70,6 +82,8 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any], free: Iterable[str] 
                 f"{workdir}: has checkpoints but no {CONFIG_FILE}, so it is not a whole run; "
                 "choose another --workdir"
             )
+        if not write:
+            return
         # Written beside and renamed: a kill never leaves half a file.
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(config, indent=2) + "\n")
@@ -94,6 +108,10 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: not the configuration of a run")
     return config
+
+
+class Damaged(UserError):
+    """A checkpoint cannot be read, or holds other values than were saved."""
 
 
 class Checkpoints:
@@ -162,6 +180,8 @@ class Checkpoints:
             return
         args = self._ocp.args
         nested = _nested(state)
+        if jax.process_count() > 1:  # all hold the same; orbax has the first one write it
+            nested = jax.tree.map(np.asarray, nested)
         own = {"format": FORMAT, "step": step, "sha256": digest(nested)}
         with self._disk_errors():
             self._manager.save(
@@ -220,6 +240,8 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
         )
+        if jax.process_count() > 1:  # each process reads all of it
+            abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
         advice = f"Remove {path} to go back to the checkpoint before it"
         try:
             with _quiet_reads():
@@ -231,7 +253,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
+            raise Damaged(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
         wanted = _shapes_by_name(abstract)
         wrong = [
             f"{name}: {found.get(name, 'absent')} in the file, "
@@ -250,14 +272,59 @@ class Checkpoints:
                     step, args=args.Composite(state=args.StandardRestore(_nested(abstract)))
                 )["state"]
         except Exception as error:
-            raise UserError(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
+            raise Damaged(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
         # Array files carry no checksum of their own.
         if notes.get("sha256") != digest(restored):
-            raise UserError(
+            raise Damaged(
                 f"{path}: damaged checkpoint (the values are not those that were saved). {advice}"
             )
         leaves = traverse_util.flatten_dict(restored)
         return jax.tree_util.tree_map_with_path(lambda keys, _: leaves[_names(keys)], like)
+
+    def restore_whole(self, like: Any, say: Callable[[str], None]) -> Any:
+        """Restores the newest checkpoint that is whole, and moves damaged ones out of the way.
+
+        They go to ``workdir/damaged``: a run that comes past their step saves it again.
+
+        Args:
+          like: as `restore`.
+          say: is told of each that was skipped, and why.
+
+        Returns:
+          a state, or None if there is no checkpoint.
+
+        Raises:
+          UserError: the newest whole one is of another network, or none of those there is whole.
+        """
+        skipped: list[str] = []
+        while True:
+            try:
+                state = self.restore(like)
+            except Damaged as error:
+                step = max(self.steps)
+                said = str(error).partition(". Remove")[0]
+                aside = self.folder.parent / "damaged" / f"{step}"
+                hosts.by_the_first(partial(self._move, step, aside), lambda: None)
+                self._manager.reload()
+                skipped.append(f"{said}; moved to {aside}")
+                say(f"skipped {skipped[-1]}")
+                continue
+            if state is None and skipped:
+                raise UserError(
+                    f"{self.folder}: no checkpoint is whole: {'; '.join(skipped)}. To train from "
+                    "the start, take another --workdir"
+                )
+            return state
+
+    def _move(self, step: int, aside: pathlib.Path) -> None:
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            number = 0
+            while (place := aside.with_name(f"{aside.name}-{number}")).exists():
+                number += 1
+            (self.folder / str(step)).rename(place if aside.exists() else aside)
+        except OSError as error:
+            raise UserError(f"{aside}: cannot move there ({error.strerror})") from None
 
     def _shapes(self, step: int) -> dict[str, str]:
         metadata = self._manager.item_metadata(step)["state"]

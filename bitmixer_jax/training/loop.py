@@ -7,6 +7,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, evaluate
 from bitmixer_jax.pairs import fill_unvisited_pairs
 from bitmixer_jax.training import config as configuration
+from bitmixer_jax.training import hosts
 from bitmixer_jax.training.checkpoints import Checkpoints, claim
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.feed import check_streamed, make_feed
@@ -29,6 +31,8 @@ from bitmixer_jax.training.step import (
     make_train_step,
     replicate,
 )
+
+_ASK_EVERY = 8  # dispatches
 
 
 class Interrupted(Exception):
@@ -52,6 +56,7 @@ def train(
       UserError: something in the configuration, the data or the workdir is wrong, or the loss is
         no longer finite.
       Interrupted: SIGTERM or SIGINT; the state is saved.
+      Lost: another process of several is gone. End this one without waiting (`os._exit`).
     """
     workdir = pathlib.Path(workdir)
     run = configuration.read(config)
@@ -71,18 +76,20 @@ def train(
         "mean": [float(x) for x in train_data.mean],
         "std": [float(x) for x in train_data.std],
     }
-    claim(
-        workdir,
-        {**configuration.to_json(config), "made_for": about},
-        free=configuration.FREE,
-    )
+    made = {**configuration.to_json(config), "made_for": about}
+    take = partial(claim, workdir, made, free=configuration.FREE)
+    hosts.by_the_first(take, partial(take, write=False))
     checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=plan.ends)
-    state = checkpoints.restore(plan.abstract_state())
+    skipped: list[str] = []
+    state = checkpoints.restore_whole(plan.abstract_state(), skipped.append)
     resumed = state is not None
     if state is None:
         state = initial_state(plan, train_data)
     done = int(state.step)
-    metrics, bar = Metrics(workdir, done), Bar(plan.ends[-1], done)
+    speaks = hosts.first()
+    metrics, bar = Metrics(workdir, done, speaks), Bar(plan.ends[-1], done, speaks)
+    for line in skipped:
+        bar.say(f"warning: {line}")
     if run.steps_per_dispatch > 1 and devices[0].platform == "cpu":
         bar.say(
             f"warning: config.steps_per_dispatch = {run.steps_per_dispatch} is slow on CPU, where "
@@ -99,11 +106,16 @@ def train(
             trainer.evaluate(state, len(run.stages) - 1)
             checkpoints.save(state, {"stage": run.stages[-1].name})
             checkpoints.wait()
+        checkpoints.close()
+    except Exception as error:
+        if lost := hosts.lost(error):  # closing checkpoints would wait for it
+            raise lost from None
+        checkpoints.close()
+        raise
     finally:
         trainer.feed.close()
         bar.stop()
         metrics.close()
-        checkpoints.close()
     return run
 
 
@@ -205,20 +217,26 @@ class _Trainer:
                 pending = self.log(pending, step, number, clock)
                 self.evaluate(state, number)
                 clock.restart()
-            if time.monotonic() - self.saved_at > run.checkpoint_seconds or signals.received:
+            stop = signals.received
+            due = int(time.monotonic() - self.saved_at > run.checkpoint_seconds)
+            if jax.process_count() > 1:
+                # All stop and save at one step; asking waits for the devices, so not at each.
+                ask = (step - plan.start(number)) // run.steps_per_dispatch % _ASK_EVERY == 0
+                stop, due = map(int, hosts.agree(stop, due)) if ask else (0, 0)
+            if due or stop:
                 # This raises where a loss is not finite, before such a state is saved.
                 pending = self.log(pending, step, number, clock)
                 self.save(state, number)
                 clock.restart()
-            if signals.received:
+            if stop:
                 self.checkpoints.wait()
-                self.bar.say(f"signal {signals.received}: saved at step {step}")
-                raise Interrupted(signals.received)
+                self.bar.say(f"signal {stop}: saved at step {step}")
+                raise Interrupted(stop)
             take = min(run.steps_per_dispatch, plan.ends[number] - step)
             try:
                 data, rows = self.feed(step, take)
             except UserError:  # whoever stops a job may stop the workers with it: save first
-                if not signals.received:
+                if not signals.received or jax.process_count() > 1:
                     raise
                 continue
             state, metrics = step_function(state, data, rows, teacher)
@@ -290,7 +308,7 @@ class _Trainer:
                     self.test_data,
                     self.train_data.mean,
                     self.train_data.std,
-                    self.devices,
+                    hosts.mine(self.devices),  # each process all images, so that none waits
                     run.evaluate_batch,
                 )
             }

@@ -18,11 +18,17 @@ METRICS_FILE = "metrics.jsonl"
 class Metrics:
     """Appends records to ``workdir/metrics.jsonl`` and to ``workdir/tensorboard``."""
 
-    def __init__(self, workdir: pathlib.Path, step: int) -> None:
-        """Opens both; TensorBoard is told that ``step`` is where this start goes on."""
+    def __init__(self, workdir: pathlib.Path, step: int, write: bool = True) -> None:
+        """Opens both; TensorBoard is told that ``step`` is where this start goes on.
+
+        Without ``write`` nothing is: of several processes one alone does.
+        """
         from tensorboardX import SummaryWriter
 
         self._path = workdir / METRICS_FILE
+        self._write = write
+        if not write:
+            return
         try:
             self._file = self._path.open("a+", errors="replace")
             _end_cut_line(self._file)
@@ -32,6 +38,8 @@ class Metrics:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Records ``values`` (numbers, or mappings of them) under "train", "evaluate", ..."""
+        if not self._write:
+            return
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
@@ -42,6 +50,8 @@ class Metrics:
 
     def close(self) -> None:
         """Writes what is buffered."""
+        if not self._write:
+            return
         self._file.close()
         self._board.close()
 
@@ -89,11 +99,12 @@ class Bar:
     Where the output is not a terminal, a plain line every ten seconds instead.
     """
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, speak: bool = True) -> None:
+        """Without ``speak`` it says nothing."""
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, quiet=not speak)
         self._live = self._console.is_terminal
         self._total = total
         self._spoken = time.monotonic()

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bitmixer_jax.data import augment, normalize
 from bitmixer_jax.models import Network
+from bitmixer_jax.training.hosts import mine
 from bitmixer_jax.training.losses import cross_entropy, distillation
 from bitmixer_jax.training.optimizer import apply_selected
 from bitmixer_jax.training.stages import Stage, selected
@@ -198,7 +199,7 @@ class Spread:
         assert not streamed or most == 1
         self.most = most
         self.traces = 0
-        self._count = len(devices)
+        self._places = [d.process_index == jax.process_index() for d in devices]
 
         def counted(state: TrainState, data: Any, rows: Any, number: Any, teacher: Any) -> Any:
             self.traces += 1
@@ -243,13 +244,18 @@ class Spread:
         return int(plan.argument_size_in_bytes + plan.temp_size_in_bytes)
 
     def _shards(self, rows: np.ndarray) -> np.ndarray:
-        """Rows int32 ``[D, most, B / D]``, padded."""
+        """Rows int32 ``[D, most, B / D]``, padded, of the D devices of this process."""
         number, batch = rows.shape
         padded = np.zeros((self.most, batch), np.int32)
         padded[:number] = rows
-        return padded.reshape(self.most, self._count, -1).swapaxes(0, 1)
+        shards = padded.reshape(self.most, len(self._places), -1).swapaxes(0, 1)
+        return shards[self._places]
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Places a pytree on all devices, whole on each: as the step returns it, so it traces once."""
-    return jax.device_put(tree, NamedSharding(Mesh(np.asarray(devices), (AXIS,)), PartitionSpec()))
+    """Places a pytree on all devices, whole on each: as the step returns it, so it traces once.
+
+    With several processes, each places it on its own.
+    """
+    mesh = Mesh(np.asarray(mine(devices)), (AXIS,))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

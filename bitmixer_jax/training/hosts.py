@@ -1,0 +1,143 @@
+"""Many processes that train one network: how they find each other, agree, and share the writing.
+
+Every process runs the same program. Each computes on its own devices; gradients and batch norm
+statistics are averaged over all of them inside the step. The first process alone writes logs and
+reports; checkpoints are written by all, as orbax wants it. With one process all of this is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bitmixer_jax.errors import UserError
+
+LOST = 75  # exit status: another process was lost; start all of them again
+_TEXT = 2000  # bytes of an error that is passed on
+
+
+class Lost(Exception):
+    """Another process is gone, or cannot be reached. The message says what to do."""
+
+
+def connect(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    heartbeat_seconds: int = 60,
+) -> None:
+    """Joins the other processes, before anything else touches a device.
+
+    With no arguments: what the environment tells (TPU pod, SLURM, Open MPI, JAX_COORDINATOR_ADDRESS
+    and JAX_NUM_PROCESSES, JAX_PROCESS_ID), else this process is alone.
+
+    Args:
+      coordinator: "host:port" of the first process, which all can reach.
+      processes: how many there are; 1: this one is alone, whatever the environment says.
+      process: which one this is, from 0.
+      heartbeat_seconds: how long a process may be silent before the others end.
+
+    Raises:
+      UserError: arguments that do not go together, or the others cannot be reached.
+    """
+    given = (coordinator, processes, process)
+    if processes == 1 and coordinator is None and process in (None, 0):
+        return
+    if any(value is not None for value in given) and None in given:
+        raise UserError(
+            "--coordinator, --processes and --process: give all three, or none and let the "
+            "environment tell"
+        )
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise UserError(f"--process {process}: give 0 to {processes - 1}")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=heartbeat_seconds
+        )
+    except ValueError as error:
+        if coordinator is None and "coordinator_address should be defined" in str(error):
+            return  # nothing in the environment: alone
+        raise UserError(f"many processes: {error}") from None
+    except RuntimeError as error:
+        line = str(error).partition("\n")[0]
+        raise UserError(
+            f"many processes: cannot join {coordinator or 'the others'} ({line}); all of them must "
+            "be started, each with its own --process"
+        ) from None
+
+
+def first() -> bool:
+    """Whether this process writes logs and reports."""
+    return jax.process_index() == 0
+
+
+def mine(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Those of ``devices`` that belong to this process."""
+    return [device for device in devices if device.process_index == jax.process_index()]
+
+
+def agree(*values: float) -> tuple[float, ...]:
+    """The largest of each value over all processes, which all call this at the same point."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    gathered = multihost_utils.process_allgather(np.asarray(values, np.float64).astype(np.float32))
+    return tuple(float(value) for value in np.max(gathered, axis=0))
+
+
+def by_the_first(action: Callable[[], Any], check: Callable[[], Any]) -> None:
+    """The first process acts, then the others check; an error of the first is that of all.
+
+    So no process waits for one that has given up.
+
+    Raises:
+      UserError: as ``action`` in the first process, or ``check`` in this one.
+    """
+    if jax.process_count() == 1:
+        action()
+        return
+    from jax.experimental import multihost_utils
+
+    said = b""
+    if first():
+        try:
+            action()
+        except UserError as error:
+            said = str(error).encode()[:_TEXT]
+    text = np.zeros(_TEXT, np.uint8)
+    text[: len(said)] = np.frombuffer(said, np.uint8)
+    heard = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text)).astype(np.uint8))
+    message = heard.rstrip(b"\0").decode(errors="replace")
+    if message:
+        raise UserError(message)
+    if not first():
+        check()
+
+
+def lost(error: BaseException) -> Lost | None:
+    """The error as that of a lost process, if it is one."""
+    if jax.process_count() == 1:
+        return None
+    text = str(error)
+    signs = (
+        "Gloo",
+        "onnection",
+        "eer",
+        "coordination",
+        "UNAVAILABLE",
+        "DEADLINE",
+        "NCCL",
+        "barrier",
+    )
+    if not any(sign in text for sign in signs):
+        return None
+    line = next((line for line in text.splitlines() if line.strip()), "")[:160]
+    return Lost(
+        f"process {jax.process_index()} of {jax.process_count()}: another one was lost ({line}). "
+        "Start all of them again: training goes on from the newest checkpoint"
+    )

@@ -1,0 +1,171 @@
+"""Many processes: the same numbers as one, orderly stops, and no one left waiting."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.training import hosts, load_trained
+from bitmixer_jax.training.checkpoints import digest
+
+LONG = "--config.stages.mixed.epochs=5000"
+
+
+@pytest.fixture
+def start(tiny_file, tmp_path):
+    """``start(workdir, processes, devices, *words)``: the processes of a run, each logging."""
+    running = []
+
+    def run(workdir, processes, devices, *words):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        many = ["--coordinator", f"localhost:{port}", "--processes", str(processes)]
+        found = []
+        for index in range(processes):
+            command = [sys.executable, "-m", "bitmixer_jax.cli", "train"]
+            command += ["--config", str(tiny_file), "--workdir", str(workdir), *words]
+            if processes > 1:
+                command += [*many, "--process", str(index)]
+            log = (tmp_path / f"{workdir.name}-{index}.log").open("w")
+            found.append(
+                subprocess.Popen(
+                    command, env=os.environ | {"XLA_FLAGS": flags}, stdout=log, stderr=log
+                )
+            )
+        running.extend(found)
+        return found
+
+    yield run
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def said(tmp_path, workdir, index):
+    return (tmp_path / f"{workdir.name}-{index}.log").read_text()
+
+
+def statuses(processes, seconds=300):
+    return [process.wait(timeout=seconds) for process in processes]
+
+
+def until(condition, seconds=300):
+    """Waits; fails rather than hangs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.2)
+
+
+def records(workdir):
+    found = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        record.pop("images_per_second", None)
+        found.append(record)
+    return found
+
+
+def step_of(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_two_devices(start, tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert statuses(start(two, 2, 1)) == [0, 0]
+    assert statuses(start(one, 1, 2)) == [0]
+    assert digest(load_trained(two)[2]) == digest(load_trained(one)[2])
+    assert records(two) == records(one)
+    # The first process alone speaks, logs and reports.
+    assert "test accuracy" in said(tmp_path, two, 0)
+    others = [line for line in said(tmp_path, two, 1).splitlines() if "Gloo" not in line]
+    assert others == []
+    assert len(list((two / "tensorboard").iterdir())) == 1
+    assert (two / "report").is_dir()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_at_one_step_and_they_go_on(start, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start(workdir, 2, 1, LONG)
+    until(lambda: step_of(workdir) > 20)
+    processes[1].send_signal(signal.SIGTERM)
+    assert statuses(processes) == [143, 143]
+    stopped = int(re.search(r"signal 15: saved at step (\d+)", said(tmp_path, workdir, 0))[1])
+    assert (workdir / "checkpoints" / str(stopped)).is_dir()
+    # One process with one device goes on where two stopped.
+    (alone,) = start(workdir, 1, 1, LONG)
+    until(lambda: step_of(workdir) > stopped + 20)
+    alone.send_signal(signal.SIGTERM)
+    assert statuses([alone]) == [143]
+    assert f"going on from step {stopped}" in said(tmp_path, workdir, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_process_ends_the_others(start, tmp_path, lost):
+    workdir = tmp_path / "run"
+    processes = start(workdir, 2, 1, LONG, "--heartbeat_seconds", "10")
+    until(lambda: step_of(workdir) > 20)
+    processes[lost].kill()
+    other = processes[1 - lost]
+    status = other.wait(timeout=120)
+    # 75, or aborted by the heartbeat where no collective was under way.
+    assert status in (hosts.LOST, -signal.SIGABRT)
+    if status == hosts.LOST:
+        assert "another one was lost" in said(tmp_path, workdir, 1 - lost)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others(start, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start(workdir, 2, 1, LONG, "--heartbeat_seconds", "10")
+    until(lambda: step_of(workdir) > 20)
+    processes[1].send_signal(signal.SIGSTOP)
+    assert processes[0].wait(timeout=120) != 0
+
+
+@pytest.mark.slow
+def test_a_mistake_is_that_of_all_processes(start, tmp_path):
+    workdir = tmp_path / "run"
+    assert statuses(start(workdir, 1, 1)) == [0]
+    assert statuses(start(workdir, 2, 1, "--config.seed=7")) == [2, 2]
+    for index in (0, 1):
+        assert "another configuration" in said(tmp_path, workdir, index)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(coordinator="localhost:1"), "give all three"),
+        (dict(processes=2), "give all three"),
+        (dict(coordinator="localhost:1", processes=2, process=2), "give 0 to 1"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, says):
+    with pytest.raises(UserError, match=says):
+        hosts.connect(**arguments)
+
+
+def test_one_process_needs_nobody():
+    hosts.connect(processes=1)
+    assert jax.process_count() == 1
+    assert hosts.first()
+    assert hosts.agree(3, 0) == (3, 0)
+    assert hosts.mine(jax.devices()) == jax.devices()
+    assert hosts.lost(RuntimeError("Gloo all-reduce failed")) is None
+    with pytest.raises(UserError, match="no"):
+        hosts.by_the_first(lambda: (_ for _ in ()).throw(UserError("no")), lambda: None)
