@@ -178,6 +178,38 @@ def test_checkpoint_before_the_damaged_one_is_good_once_that_is_removed(copy):
     assert_equal(restore(copy), make_state(3))
 
 
+@pytest.mark.parametrize("how", ["truncate", "overwrite", "delete"])
+def test_training_skips_damaged_checkpoints_and_keeps_them_aside(copy, how):
+    for name in ("state/manifest.ocdbt", "notes/metadata"):
+        damage(copy / "checkpoints/7" / name, how)
+    before = files(copy / "checkpoints/7")
+    said = []
+    checkpoints = Checkpoints(copy)
+    assert_equal(checkpoints.restore_whole(make_state(0), said.append), make_state(3))
+    assert checkpoints.steps == [3]
+    assert len(said) == 1
+    assert "checkpoints/7: damaged" in said[0]
+    assert files(copy / "damaged/7") == before
+    # The run comes past that step, saves it anew, and may be damaged there again.
+    checkpoints.save(make_state(7), {})
+    checkpoints.close()
+    damage(copy / "checkpoints/7/state/manifest.ocdbt", "truncate")
+    assert_equal(Checkpoints(copy).restore_whole(make_state(0), said.append), make_state(3))
+    assert (copy / "damaged/7-0").is_dir()
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_anew_in_silence(copy):
+    for step in (3, 7):
+        damage(copy / f"checkpoints/{step}/state/manifest.ocdbt", "truncate")
+    with pytest.raises(UserError, match=r"no checkpoint is whole: .*/7.*/3.*another --workdir"):
+        Checkpoints(copy).restore_whole(make_state(0), lambda text: None)
+
+
+def test_a_checkpoint_of_another_network_is_not_skipped(copy):
+    with pytest.raises(UserError, match="another network"):
+        Checkpoints(copy).restore_whole(make_state(0, width=9), lambda text: None)
+
+
 def test_damage_says_nothing_on_standard_error_but_the_error(copy):
     damage(next((copy / "checkpoints/7/state/d").iterdir()), "truncate")
     code = (
