@@ -44,6 +44,7 @@ def claim(
     workdir: pathlib.Path,
     config: Mapping[str, Any],
     free: Iterable[str] = (),
+    defaults: Mapping[str, Any] | None = None,
     write: bool = True,
 ) -> None:
     """Makes ``workdir`` the home of a run with this configuration, or checks that it is.
@@ -51,6 +52,7 @@ def claim(
     Args:
       config: JSON tree.
       free: top-level keys that may change between starts (how often to log, for example).
+      defaults: of settings that a run from before they existed does not name.
       write: false: only check (of several processes one alone writes).
 
     Raises:
@@ -66,7 +68,7 @@ def claim(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            saved = read_config(workdir)
+            saved = _filled(read_config(workdir), defaults or {})
             found = [
                 line
                 for line in differences(saved, config)
@@ -90,6 +92,15 @@ def claim(
         partial.replace(path)
     except OSError as error:
         raise UserError(f"workdir {workdir}: cannot write there ({error.strerror})") from None
+
+
+def _filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON tree with what it lacks taken from another."""
+    found = {**defaults, **tree}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping):
+            found[key] = _filled(value, defaults[key])
+    return found
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:

@@ -77,7 +77,11 @@ def train(
         "std": [float(x) for x in train_data.std],
     }
     made = {**configuration.to_json(config), "made_for": about}
-    take = partial(claim, workdir, made, free=configuration.FREE)
+    # Stages and models differ from the default in what they name: only whole settings are filled.
+    defaults = configuration.to_json(configuration.default_config())
+    for name in ("stages", "model"):
+        defaults.pop(name)
+    take = partial(claim, workdir, made, free=configuration.FREE, defaults=defaults)
     hosts.by_the_first(take, partial(take, write=False))
     checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=plan.ends)
     skipped: list[str] = []

@@ -287,6 +287,18 @@ def test_checkpoints_without_a_configuration_are_not_taken_over(saved):
         claim(saved, {})
 
 
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
+    claim(tmp_path, {"seed": 1, "optimizer": {"name": "sgd"}})
+    now = {"seed": 1, "optimizer": {"name": "sgd", "nesterov": False}, "workers": 2}
+    defaults = {"seed": 0, "optimizer": {"name": "adam", "nesterov": False}, "workers": 2}
+    with pytest.raises(UserError, match="absent -> 2"):
+        claim(tmp_path, now)
+    with pytest.raises(UserError, match=r"config\.workers: 2 -> 3"):
+        claim(tmp_path, {**now, "workers": 3}, defaults=defaults)
+    claim(tmp_path, now, defaults=defaults)
+    assert read_config(tmp_path) == now
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
 def test_damaged_configuration_names_the_file(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
