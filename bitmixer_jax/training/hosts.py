@@ -121,18 +121,18 @@ def by_the_first(action: Callable[[], Any], check: Callable[[], Any]) -> None:
 
 def lost(error: BaseException) -> Lost | None:
     """The error as that of a lost process, if it is one."""
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or isinstance(error, UserError):
         return None
     text = str(error)
     signs = (
         "Gloo",
+        "NCCL",
         "onnection",
-        "eer",
-        "coordination",
+        "peer",
+        "oordination",
+        "arrier",
         "UNAVAILABLE",
         "DEADLINE",
-        "NCCL",
-        "barrier",
     )
     if not any(sign in text for sign in signs):
         return None

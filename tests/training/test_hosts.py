@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -24,7 +25,7 @@ def start(tiny_file, tmp_path):
     """``start(workdir, processes, devices, *words)``: the processes of a run, each logging."""
     running = []
 
-    def run(workdir, processes, devices, *words):
+    def run(workdir, processes, devices, *words, config=tiny_file):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -33,7 +34,7 @@ def start(tiny_file, tmp_path):
         found = []
         for index in range(processes):
             command = [sys.executable, "-m", "bitmixer_jax.cli", "train"]
-            command += ["--config", str(tiny_file), "--workdir", str(workdir), *words]
+            command += ["--config", str(config), "--workdir", str(workdir), *words]
             if processes > 1:
                 command += [*many, "--process", str(index)]
             log = (tmp_path / f"{workdir.name}-{index}.log").open("w")
@@ -95,6 +96,17 @@ def test_two_processes_are_one_with_two_devices(start, tmp_path):
     assert others == []
     assert len(list((two / "tensorboard").iterdir())) == 1
     assert (two / "report").is_dir()
+
+
+@pytest.mark.slow
+def test_streamed_images_of_two_processes_are_those_of_one(start, jpegs, tmp_path):
+    jpegs.make_folder(tmp_path / "pictures", classes=3, train=14, validation=3, longest=32)
+    config = pathlib.Path(__file__).parent / "streamed_config.py"
+    words = [f"--config.data_dir={tmp_path}", "--config.stages.mixed.epochs=4"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert statuses(start(two, 2, 1, *words, config=config)) == [0, 0]
+    assert statuses(start(one, 1, 2, *words, config=config)) == [0]
+    assert digest(load_trained(two)[2]) == digest(load_trained(one)[2])
 
 
 @pytest.mark.slow
