@@ -23,8 +23,8 @@ from bitmixer_jax.training.checkpoints import Checkpoints
 from bitmixer_jax.training.metrics import read_metrics
 
 CONFIG = pathlib.Path(__file__).parent.parent / "tests" / "tiny_config.py"
-SETTINGS = ["--config.stages.mixed.epochs=400", "--config.checkpoint_seconds=0.3"]
-STEPS = 1608
+SETTINGS = ["--config.stages.mixed.epochs=200", "--config.checkpoint_seconds=0.3"]
+STEPS = 808
 
 
 def start(workdir, log):

@@ -6,6 +6,7 @@ import argparse
 import os
 import pathlib
 import sys
+import traceback
 
 from bitmixer_jax.cli.common import (
     AddCommand,
@@ -133,9 +134,11 @@ def _train(arguments: argparse.Namespace) -> int:
         folder, summary = train_and_report(config, arguments.workdir)
     except Interrupted as signal:
         return 128 + int(signal.args[0])
-    except hosts.Lost as error:
+    except hosts.Leave as error:
+        if error.status == 1:
+            traceback.print_exception(error.__cause__)
         print(f"bitmixer: {error}", file=sys.stderr, flush=True)
-        os._exit(hosts.LOST)  # at once: an orderly end would wait for the process that is gone
+        os._exit(error.status)  # at once: an orderly end would wait for the others
     if hosts.first():
         print_markdown(summary)
         print(f"plots and summary: {folder}")

@@ -19,8 +19,16 @@ LOST = 75  # exit status: another process was lost; start all of them again
 _TEXT = 2000  # bytes of an error that is passed on
 
 
-class Lost(Exception):
-    """Another process is gone, or cannot be reached. The message says what to do."""
+class Leave(Exception):
+    """This process must end without waiting for the others (`os._exit`): one of them has failed.
+
+    Attributes:
+      status: exit status; LOST if it was another one that failed.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 def connect(
@@ -119,11 +127,14 @@ def by_the_first(action: Callable[[], Any], check: Callable[[], Any]) -> None:
         check()
 
 
-def lost(error: BaseException) -> Lost | None:
-    """The error as that of a lost process, if it is one."""
-    if jax.process_count() == 1 or isinstance(error, UserError):
+def leave(error: BaseException) -> Leave | None:
+    """What an error in training means where there are other processes; None if there are none."""
+    if jax.process_count() == 1:
         return None
-    text = str(error)
+    name = f"process {jax.process_index()} of {jax.process_count()}"
+    if isinstance(error, UserError):
+        return Leave(str(error), 2)
+    line = next((line for line in str(error).splitlines() if line.strip()), "")[:160]
     signs = (
         "Gloo",
         "NCCL",
@@ -134,10 +145,10 @@ def lost(error: BaseException) -> Lost | None:
         "UNAVAILABLE",
         "DEADLINE",
     )
-    if not any(sign in text for sign in signs):
-        return None
-    line = next((line for line in text.splitlines() if line.strip()), "")[:160]
-    return Lost(
-        f"process {jax.process_index()} of {jax.process_count()}: another one was lost ({line}). "
-        "Start all of them again: training goes on from the newest checkpoint"
-    )
+    if any(sign in str(error) for sign in signs):
+        return Leave(
+            f"{name}: another one was lost ({line}). Start all of them again: training goes on "
+            "from the newest checkpoint",
+            LOST,
+        )
+    return Leave(f"{name} failed ({type(error).__name__}: {line})", 1)

@@ -56,7 +56,7 @@ def train(
       UserError: something in the configuration, the data or the workdir is wrong, or the loss is
         no longer finite.
       Interrupted: SIGTERM or SIGINT; the state is saved.
-      Lost: another process of several is gone. End this one without waiting (`os._exit`).
+      hosts.Leave: of several processes this one failed, or another.
     """
     workdir = pathlib.Path(workdir)
     run = configuration.read(config)
@@ -111,9 +111,12 @@ def train(
             checkpoints.save(state, {"stage": run.stages[-1].name})
             checkpoints.wait()
         checkpoints.close()
+    except Interrupted:
+        checkpoints.close()
+        raise
     except Exception as error:
-        if lost := hosts.lost(error):  # closing checkpoints would wait for it
-            raise lost from None
+        if leave := hosts.leave(error):  # closing checkpoints would wait for the others
+            raise leave from error
         checkpoints.close()
         raise
     finally:
@@ -254,9 +257,9 @@ class _Trainer:
                 f"warning: the step of stage {stage.name} was compiled {step_function.traces} "
                 "times; once is enough, so something in its arguments changes shape or type"
             )
-        self.save(state, number)
         if number < len(run.stages) - 1:
-            self.evaluate(state, number)
+            self.evaluate(state, number)  # first: what is saved is not evaluated again
+        self.save(state, number)
         return state
 
     def save(self, state: TrainState, stage: int) -> None:

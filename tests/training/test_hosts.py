@@ -142,6 +142,22 @@ def test_a_killed_process_ends_the_others(start, tmp_path, lost):
 
 
 @pytest.mark.slow
+def test_an_error_of_one_process_ends_the_others(start, jpegs, tmp_path):
+    folder = tmp_path / "pictures"
+    jpegs.make_folder(folder, classes=3, train=14, validation=3, longest=32)
+    config = pathlib.Path(__file__).parent / "streamed_config.py"
+    damaged = sorted(folder.rglob("train/*/*.JPEG"))[3]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    words = [f"--config.data_dir={tmp_path}", LONG, "--heartbeat_seconds", "10"]
+    processes = start(tmp_path / "run", 2, 1, *words, config=config)
+    found = sorted(statuses(processes, 200))
+    assert 2 in found
+    assert 0 not in found
+    logs = [said(tmp_path, tmp_path / "run", index) for index in (0, 1)]
+    assert any(damaged.name in log for log in logs)
+
+
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others(start, tmp_path):
     workdir = tmp_path / "run"
     processes = start(workdir, 2, 1, LONG, "--heartbeat_seconds", "10")
@@ -178,6 +194,6 @@ def test_one_process_needs_nobody():
     assert hosts.first()
     assert hosts.agree(3, 0) == (3, 0)
     assert hosts.mine(jax.devices()) == jax.devices()
-    assert hosts.lost(RuntimeError("Gloo all-reduce failed")) is None
+    assert hosts.leave(RuntimeError("Gloo all-reduce failed")) is None
     with pytest.raises(UserError, match="no"):
         hosts.by_the_first(lambda: (_ for _ in ()).throw(UserError("no")), lambda: None)
