@@ -126,7 +126,7 @@ class _Training:
 
 
 def _evaluation(model: Network, examples: Dataset, devices: list[Any]) -> Callable[[], Any]:
-    """The forward pass of one batch under one policy, as evaluation does it."""
+    """The forward pass of one batch under one policy, as evaluation does it, with its checks."""
     variables = jax.jit(lambda key, x: init(model, key, x))(
         jax.random.key(0), jnp.zeros((1, *model.image_shape))
     )

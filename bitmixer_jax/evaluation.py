@@ -17,6 +17,10 @@ from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import never_visited
 
 
+class NeverVisited(UserError):
+    """Policies need batch norm statistics of pairs that no training step visited."""
+
+
 class Scores(NamedTuple):
     """How well policies do: float64 ``[M]`` each.
 
@@ -126,7 +130,7 @@ class Evaluator:
         missing = never_visited(self.model, variables["batch_stats"], policies)
         if missing:
             layer, before, own = missing[0]
-            raise UserError(
+            raise NeverVisited(
                 f"{len(missing)} pairs of widths were never visited in training, such as "
                 f"{before or 'any'}->{own} bits at {layer}: their BN statistics are unknown; train "
                 "for longer, or recalibrate them (evaluate --recalibrate)"

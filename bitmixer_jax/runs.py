@@ -12,7 +12,7 @@ import numpy as np
 from bitmixer_jax import data as datasets
 from bitmixer_jax.bits import parse_changes, parse_policy, with_widths
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.evaluation import Evaluator, evaluate
+from bitmixer_jax.evaluation import Evaluator, NeverVisited, evaluate
 from bitmixer_jax.levels import levels_used
 from bitmixer_jax.models import Network, create_model
 from bitmixer_jax.pairs import covering_policies, never_visited, recalibrate
@@ -40,7 +40,7 @@ def train_and_report(config: Any, workdir: pathlib.Path) -> tuple[pathlib.Path, 
     random = run.report_random if run.stages[-1].widths == "layer" else 0
     try:
         result = _evaluate(run, model, variables, random=random, seed=run.seed)
-    except UserError as error:  # a short run has not met every pair: report what there is
+    except NeverVisited as error:  # a short run has not met every pair: report what there is
         if hosts.first():
             print(f"report without accuracies: {error}")
         result = _evaluate(run, model, variables, uniform=False)

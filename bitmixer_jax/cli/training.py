@@ -6,6 +6,7 @@ import argparse
 import os
 import pathlib
 import sys
+import time
 import traceback
 
 from bitmixer_jax.cli.common import (
@@ -129,16 +130,20 @@ def _train(arguments: argparse.Namespace) -> int:
     from bitmixer_jax.runs import train_and_report
     from bitmixer_jax.training import Interrupted, load_config
 
-    config = load_config(arguments.config, arguments.overrides)
     try:
+        config = load_config(arguments.config, arguments.overrides)
         folder, summary = train_and_report(config, arguments.workdir)
     except Interrupted as signal:
         return 128 + int(signal.args[0])
-    except hosts.Leave as error:
-        if error.status == 1:
-            traceback.print_exception(error.__cause__)
-        print(f"bitmixer: {error}", file=sys.stderr, flush=True)
-        os._exit(error.status)  # at once: an orderly end would wait for the others
+    except Exception as error:
+        leave = error if isinstance(error, hosts.Leave) else hosts.leave(error)
+        if leave is None:
+            raise
+        if leave.status == 1:
+            traceback.print_exception(error)
+        print(f"bitmixer: {leave}", file=sys.stderr, flush=True)
+        time.sleep(1)  # so that the others, if they fail alike, can say so
+        os._exit(leave.status)  # an orderly end would wait for them
     if hosts.first():
         print_markdown(summary)
         print(f"plots and summary: {folder}")

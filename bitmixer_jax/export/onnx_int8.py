@@ -196,8 +196,10 @@ def _integers(
     number of sums, is the finer. No weights where they do not fit.
     """
     is_stem = layer is deployed.stem
+    # The stem's 8-bit codes start at -128, which has no positive counterpart; -127 is as good.
     codes = kernel.codes[0] if is_stem else own_codes(deployed, kernel, own)
     whole = oihw(np.asarray(codes, np.int32))
+    whole = np.maximum(whole, -127) if is_stem else whole
     unit = 1.0
     if not is_stem and deployed.weight_kind == "floor":
         whole, unit = 2 * whole + 1, 0.5

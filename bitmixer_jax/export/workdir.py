@@ -146,6 +146,9 @@ def export_workdir(
         does not agree with the network (then nothing is written).
     """
     check_free(out, overwrite, folder=settings.format == "pytorch")
+    own = {"model.py", "weights.safetensors", "__pycache__"}
+    if out.is_dir() and not {file.name for file in out.iterdir()} <= own:
+        raise UserError(f"--out {out}: holds more than an export; name another folder")
     source = _Source(workdir, settings)
     partial = out.with_name(f".{out.name}.partial")
     _remove(partial)

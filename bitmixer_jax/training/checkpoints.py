@@ -71,7 +71,7 @@ def claim(
             saved = _filled(read_config(workdir), defaults or {})
             found = [
                 line
-                for line in differences(saved, config)
+                for line in differences(saved, _filled(config, defaults or {}))
                 if line.split(":")[0].split(".")[1] not in free
             ]
             if found:
@@ -264,6 +264,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
+            _check_machine(path, error)
             raise Damaged(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
         wanted = _shapes_by_name(abstract)
         wrong = [
@@ -283,6 +284,7 @@ class Checkpoints:
                     step, args=args.Composite(state=args.StandardRestore(_nested(abstract)))
                 )["state"]
         except Exception as error:
+            _check_machine(path, error)
             raise Damaged(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
         # Array files carry no checksum of their own.
         if notes.get("sha256") != digest(restored):
@@ -307,25 +309,31 @@ class Checkpoints:
         Raises:
           UserError: the newest whole one is of another network, or none of those there is whole.
         """
-        skipped: list[str] = []
-        while True:
+        damaged: list[tuple[int, str]] = []
+        state = None
+        for step in reversed(self.steps):
+            said = ""
             try:
-                state = self.restore(like)
+                state = self.restore(like, step)
             except Damaged as error:
-                step = max(self.steps)
                 said = str(error).partition(". Remove")[0]
-                aside = self.folder.parent / "damaged" / f"{step}"
-                hosts.by_the_first(partial(self._move, step, aside), lambda: None)
-                self._manager.reload()
-                skipped.append(f"{said}; moved to {aside}")
-                say(f"skipped {skipped[-1]}")
-                continue
-            if state is None and skipped:
-                raise UserError(
-                    f"{self.folder}: no checkpoint is whole: {'; '.join(skipped)}. To train from "
-                    "the start, take another --workdir"
-                )
-            return state
+            (any_damaged,) = hosts.agree(float(bool(said)))
+            if not any_damaged:
+                break
+            damaged.append((step, said or f"{self.folder / str(step)}: damaged to another process"))
+            state = None
+        if damaged and state is None:
+            raise UserError(
+                f"{self.folder}: no checkpoint is whole: {'; '.join(s for _, s in damaged)}. To "
+                "train from the start, take another --workdir"
+            )
+        for step, said in damaged:
+            aside = self.folder.parent / "damaged" / f"{step}"
+            hosts.by_the_first(partial(self._move, step, aside), lambda: None)
+            say(f"skipped {said}; moved to {aside}")
+        if damaged:
+            self._manager.reload()
+        return state
 
     def _move(self, step: int, aside: pathlib.Path) -> None:
         try:
@@ -347,6 +355,25 @@ class Checkpoints:
         """Waits for what is being saved, and lets go of the folder."""
         self.wait()
         self._manager.close()
+
+
+def _check_machine(path: pathlib.Path, error: BaseException) -> None:
+    """Tells a machine that cannot read just now from a checkpoint that is damaged.
+
+    Raises:
+      UserError: the former.
+    """
+    text = str(error)
+    signs = (
+        *("RESOURCE_EXHAUSTED", "ut of memory", "PERMISSION_DENIED", "Permission denied"),
+        *("Too many open files", "Input/output error", "Stale file handle", "UNAVAILABLE"),
+    )
+    machine = getattr(error, "errno", None) in (
+        *(errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    )
+    if machine or isinstance(error, MemoryError) or any(sign in text for sign in signs):
+        raise UserError(f"{path}: cannot be read now ({_brief(error)})") from None
 
 
 def _names(path: Any) -> tuple[str, ...]:

@@ -71,6 +71,8 @@ def connect(
             return  # nothing in the environment: alone
         raise UserError(f"many processes: {error}") from None
     except RuntimeError as error:
+        if coordinator is None and "before any JAX" in str(error):
+            return  # a program that uses jax already, such as a notebook: it is alone, or has met
         line = str(error).partition("\n")[0]
         raise UserError(
             f"many processes: cannot join {coordinator or 'the others'} ({line}); all of them must "

@@ -15,7 +15,7 @@ import numpy as np
 
 from bitmixer_jax.data import Dataset, Streamed
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.evaluation import Evaluator, evaluate
+from bitmixer_jax.evaluation import Evaluator, NeverVisited, evaluate
 from bitmixer_jax.pairs import fill_unvisited_pairs
 from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training import hosts
@@ -329,7 +329,7 @@ class _Trainer:
                 seed=run.seed,
                 groups=self.plan.model.groups(run.selection),  # type: ignore[arg-type]
             )
-        except UserError as error:  # a short stage may not have met every pair yet
+        except NeverVisited as error:  # a short stage may not have met every pair yet
             self.bar.say(f"step {step}: not evaluated: {error}")
             return
         result.get("random", {}).pop("scores", None)

@@ -128,4 +128,7 @@ def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             found = found[key]
     if not isinstance(found, Mapping) or not all(hasattr(v, "numpy") for v in found.values()):
         raise UserError(f"{path}: holds no state_dict")
-    return {name.removeprefix("module."): tensor.numpy() for name, tensor in found.items()}
+    return {
+        name.removeprefix("module."): tensor.detach().float().numpy()
+        for name, tensor in found.items()
+    }

@@ -1,5 +1,6 @@
 """ONNX in onnxruntime: every form against the integer engine."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -81,6 +82,22 @@ def test_the_fast_graph_gives_nearly_the_logits_of_its_policy(kind, tmp_path):
             found = OnnxRunner(path, level)(images)
             correlation = np.corrcoef(found.ravel(), wanted.ravel())[0, 1]
             assert correlation > 0.9, (policy, level)
+
+
+def test_the_fast_graph_keeps_an_8_bit_stem_whose_codes_reach_their_end(tmp_path):
+    (kind,) = [k for k in KINDS if network(k)[0].ends == "int8"][:1]
+    found, policy = deployed(kind), policies(kind)[0]
+    codes = found.stem.kernels[0].codes.copy()
+    codes.flat[0] = -128
+    kernels = (dataclasses.replace(found.stem.kernels[0], codes=codes),)
+    changed = dataclasses.replace(found, stem=dataclasses.replace(found.stem, kernels=kernels))
+    images = pixels(kind, 32)
+    run = jax.jit(lambda x, p: run_integer(changed, normalize(x, found.mean, found.std), p))
+    save_onnx(
+        tmp_path / "net.onnx", int8_model(changed, policy, stream_ranges(changed, policy, images))
+    )
+    logits = [OnnxRunner(tmp_path / "net.onnx")(images).ravel(), np.ravel(run(images, policy))]
+    assert np.corrcoef(*logits)[0, 1] > 0.97
 
 
 def test_the_fast_graph_is_fused_into_integer_convolutions(tmp_path):

@@ -201,8 +201,23 @@ def test_training_skips_damaged_checkpoints_and_keeps_them_aside(copy, how):
 def test_where_no_checkpoint_is_whole_nothing_starts_anew_in_silence(copy):
     for step in (3, 7):
         damage(copy / f"checkpoints/{step}/state/manifest.ocdbt", "truncate")
-    with pytest.raises(UserError, match=r"no checkpoint is whole: .*/7.*/3.*another --workdir"):
-        Checkpoints(copy).restore_whole(make_state(0), lambda text: None)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no checkpoint is whole: .*/7.*/3.*--workdir"):
+            Checkpoints(copy).restore_whole(make_state(0), lambda text: None)
+
+
+def test_a_machine_that_cannot_read_is_not_damage(copy, monkeypatch):
+    checkpoints = Checkpoints(copy)
+    for error in (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), OSError(24, "too many")):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(UserError, match="cannot be read now"):
+            checkpoints.restore_whole(make_state(0), lambda text: None)
+    assert checkpoints.steps == [3, 7]
+    assert not (copy / "damaged").exists()
 
 
 def test_a_checkpoint_of_another_network_is_not_skipped(copy):
@@ -297,6 +312,7 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
         claim(tmp_path, {**now, "workers": 3}, defaults=defaults)
     claim(tmp_path, now, defaults=defaults)
     assert read_config(tmp_path) == now
+    claim(tmp_path, {"seed": 1, "optimizer": {"name": "sgd"}}, defaults=defaults)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
