@@ -34,7 +34,7 @@ def add(command: AddCommand) -> None:
     export.add_argument(
         "--fast",
         action="store_true",
-        help="onnx, one policy: 8 bits throughout, several times as fast; answers differ somewhat",
+        help="onnx, one policy: 8 bits throughout, over twice as fast; answers differ somewhat",
     )
     export.add_argument(
         "--tables", default="float32", help="packed: norms as float32 (exact) or float16 (small)"
