@@ -38,7 +38,9 @@ class Evaluator:
 
     The images stay on the devices, an equal part on each; streamed ones are decoded once for all
     policies of a call of `scores`. One call of the compiled programme runs up to ``policies`` of
-    them over one batch: how many is data, as they are. ``traces`` counts compilations.
+    them over one batch: how many is data, as they are. ``traces`` counts compilations. If the
+    devices belong to several processes, all of them call `scores`; each computes the part of its
+    own devices, and the sums go to all.
 
     Attributes:
       examples: number of images; of streamed ones, those that could be read in the last `scores`.
@@ -58,6 +60,7 @@ class Evaluator:
 
         Args:
           mean, std: ``[C]`` of the training data, in units of 0..255.
+          devices: to compute on; None takes those of this process.
           batch_size: images per device and call; the last batch is padded.
           policies: most that one call runs.
         """
@@ -68,11 +71,16 @@ class Evaluator:
         devices = list(devices or jax.local_devices())
         size = min(batch_size, -(-len(data) // len(devices)))
         self._number = -(-len(data) // (size * len(devices)))
+        # Places in a batch of all devices that those of this process take.
+        own = np.asarray([d.process_index == jax.process_index() for d in devices])
+        places = np.arange(len(devices) * size).reshape(-1, size)[own].ravel()
+        self._shared, whole = not own.all(), len(own) * size
+        devices = [device for device, here in zip(devices, own, strict=True) if here]
         self._feed: Callable[[], Iterable[Any]]
         if isinstance(data, Streamed):
-            self._feed = lambda: _stream(data, devices, size)
+            self._feed = lambda: _stream(data, devices, whole, places)
         else:
-            resident = _place(data, devices, size, self._number)
+            resident = _place(data, devices, whole, places)
             self._feed = lambda: resident
 
         def score(
@@ -161,36 +169,66 @@ class Evaluator:
             right[start : start + most] += found.sum(0)
             loss[start : start + most] += np.asarray(losses, np.float64)[:, : len(rows)].sum(0)
         if calls:
+            if self._shared:
+                right, loss, examples = _sum_over_processes(right, loss, examples)
             self.examples = examples
             if not examples:
                 raise UserError("evaluation: none of the images can be read")
         return Scores(right / self.examples, loss / self.examples)
 
 
-def _place(data: Dataset, devices: Sequence[jax.Device], size: int, batches: int) -> list[Any]:
-    """Batches of (images, labels, how many there are), on the devices; the last one is padded."""
-    total = batches * size * len(devices)
+def _place(
+    data: Dataset, devices: Sequence[jax.Device], whole: int, places: np.ndarray
+) -> list[Any]:
+    """Batches of (images, labels, how many there are), on the devices; the last one is padded.
+
+    Args:
+      whole: images in a batch, of all processes.
+      places: int ``[b]`` those of them that ``devices`` take.
+    """
+    total = -(-len(data) // whole) * whole
     labels = np.full(total, -1, np.int32)  # -1: padding, never right
     labels[: len(data)] = data.labels
     images = np.zeros((total, *data.image_shape), np.uint8)
     images[: len(data)] = data.images
-    grid = (batches, len(devices), size)
     return [
-        (_shard(i, devices), _shard(y, devices), int((y >= 0).sum()))
-        for i, y in zip(images.reshape(*grid, *data.image_shape), labels.reshape(grid), strict=True)
+        _batch(i[places], y[places], devices)
+        for i, y in zip(
+            images.reshape(-1, whole, *data.image_shape), labels.reshape(-1, whole), strict=True
+        )
     ]
 
 
-def _stream(data: Streamed, devices: Sequence[jax.Device], size: int) -> Iterator[Any]:
+def _stream(
+    data: Streamed, devices: Sequence[jax.Device], whole: int, places: np.ndarray
+) -> Iterator[Any]:
     """The same, decoded on the way."""
-    loader = data.evaluation(size * len(devices))
+    loader = data.evaluation(whole, places)
     try:
         for images, labels in loader:
-            there = int((labels >= 0).sum())
-            parts = (x.reshape(len(devices), size, *x.shape[1:]) for x in (images, labels))
-            yield *(_shard(part, devices) for part in parts), there
+            yield _batch(images, labels, devices)
     finally:
         loader.close()
+
+
+def _batch(
+    images: np.ndarray, labels: np.ndarray, devices: Sequence[jax.Device]
+) -> tuple[jax.Array, jax.Array, int]:
+    parts = [_shard(x.reshape(len(devices), -1, *x.shape[1:]), devices) for x in (images, labels)]
+    return parts[0], parts[1], int((labels >= 0).sum())
+
+
+def _sum_over_processes(
+    right: np.ndarray, loss: np.ndarray, examples: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Sums of what each process found; float64 travels as bytes, as JAX would round it."""
+    from jax.experimental import multihost_utils
+
+    mine = np.concatenate([right, loss, [examples]])  # counts are exact in float64
+    heard = multihost_utils.process_allgather(np.frombuffer(mine.tobytes(), np.uint8))
+    found = np.frombuffer(np.asarray(heard).tobytes(), np.float64).reshape(-1, len(mine)).sum(0)
+    policies = len(right)
+    return found[:policies].astype(np.int64), found[policies:-1], int(found[-1])
 
 
 def _shard(array: np.ndarray, devices: Sequence[jax.Device]) -> jax.Array:

@@ -117,18 +117,21 @@ class CentrePass:
 
     Attributes:
       chosen: which images: int ``[N]``.
-      batch_size: images in a batch; the last may have fewer.
+      batch_size: images in a batch, over all hosts; the last may have fewer.
+      take: places in such a batch that this host takes: int ``[b]``.
       size, resize: see StreamSettings.
     """
 
     chosen: np.ndarray
     batch_size: int
+    take: np.ndarray
     size: int
     resize: int
 
     def rows(self, step: int) -> np.ndarray:
         """See Pass."""
-        return self.chosen[step * self.batch_size :][: self.batch_size]
+        rows = self.chosen[step * self.batch_size :][: self.batch_size]
+        return rows[self.take[self.take < len(rows)]]
 
     def view(self, step: int, row: int) -> tuple[Callable[[int, int], Box], bool]:
         """See Pass."""
@@ -192,9 +195,13 @@ class Streamed:
         way = TrainingPass(order, take, flip, self.settings.min_area)
         return Loader(self, way, start, stop, len(take), self.workers)
 
-    def evaluation(self, batch_size: int) -> Loader:
-        """All images in batches, the last one padded with black images of label -1."""
-        return self._centred(np.arange(len(self)), batch_size, self.workers)
+    def evaluation(self, batch_size: int, take: np.ndarray | None = None) -> Loader:
+        """All images in batches, the last one padded with black images of label -1.
+
+        Args:
+          take: places in a batch that this host takes, int ``[b]``, rising; None: all.
+        """
+        return self._centred(np.arange(len(self)), batch_size, self.workers, take)
 
     def subset(self, rows: np.ndarray) -> Dataset:
         """These images, cropped at the centre, as a set in memory; unreadable ones are left out.
@@ -215,9 +222,12 @@ class Streamed:
             self.std,
         )
 
-    def _centred(self, rows: np.ndarray, batch_size: int, workers: int) -> Loader:
-        way = CentrePass(rows, batch_size, self.settings.size, self.settings.resize)
-        return Loader(self, way, 0, -(-len(rows) // batch_size), batch_size, workers)
+    def _centred(
+        self, rows: np.ndarray, batch_size: int, workers: int, take: np.ndarray | None = None
+    ) -> Loader:
+        take = np.arange(batch_size) if take is None else take
+        way = CentrePass(rows, batch_size, take, self.settings.size, self.settings.resize)
+        return Loader(self, way, 0, -(-len(rows) // batch_size), len(take), workers)
 
 
 class Batch(NamedTuple):

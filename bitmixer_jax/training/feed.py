@@ -11,6 +11,7 @@ import numpy as np
 from bitmixer_jax.data import Dataset, Loader, Streamed
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training.config import Run
+from bitmixer_jax.training.hosts import mine
 from bitmixer_jax.training.plan import Plan
 from bitmixer_jax.training.step import AXIS, replicate
 
@@ -107,7 +108,7 @@ def shard(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
     With several hosts, B is of the devices of this one alone.
     """
-    here = [d for d in devices if d.process_index == jax.process_index()]
+    here = mine(devices)
     mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 

@@ -315,7 +315,7 @@ class _Trainer:
                     self.test_data,
                     self.train_data.mean,
                     self.train_data.std,
-                    hosts.mine(self.devices),  # each process all images, so that none waits
+                    self.devices,
                     run.evaluate_batch,
                 )
             }

@@ -103,10 +103,17 @@ def test_streamed_images_of_two_processes_are_those_of_one(start, jpegs, tmp_pat
     jpegs.make_folder(tmp_path / "pictures", classes=3, train=14, validation=3, longest=32)
     config = pathlib.Path(__file__).parent / "streamed_config.py"
     words = [f"--config.data_dir={tmp_path}", "--config.stages.mixed.epochs=4"]
+    words += ["--config.evaluate_batch=2"]
     two, one = tmp_path / "two", tmp_path / "one"
     assert statuses(start(two, 2, 1, *words, config=config)) == [0, 0]
     assert statuses(start(one, 1, 2, *words, config=config)) == [0]
     assert digest(load_trained(two)[2]) == digest(load_trained(one)[2])
+    # So are evaluations, where each process decodes its part of nine images, in batches of two
+    # by two devices; of the last one, a single image, the second process has nothing.
+    evaluations = [record for record in records(two) if record["kind"] == "evaluate"]
+    assert evaluations
+    assert evaluations[-1]["examples"] == 9
+    assert records(two) == records(one)
 
 
 @pytest.mark.slow
