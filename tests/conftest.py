@@ -18,6 +18,15 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _release_programmes():
+    """Drops what a file compiled: all of it in one process meets the system's limit on mappings."""
+    yield
+    import jax  # after `pytest_configure`
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_file():
     """Path of the tiny configuration, for --config."""
