@@ -7,6 +7,7 @@ reports; checkpoints are written by all, as orbax wants it. With one process all
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,8 +40,8 @@ def connect(
 ) -> None:
     """Joins the other processes, before anything else touches a device.
 
-    With no arguments: what the environment tells (TPU pod, SLURM, Open MPI, JAX_COORDINATOR_ADDRESS
-    and JAX_NUM_PROCESSES, JAX_PROCESS_ID), else this process is alone.
+    With no arguments: what the environment tells (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; else a TPU pod, SLURM, Open MPI, as JAX finds them), else this process is alone.
 
     Args:
       coordinator: "host:port" of the first process, which all can reach.
@@ -51,13 +52,16 @@ def connect(
     Raises:
       UserError: arguments that do not go together, or the others cannot be reached.
     """
+    if coordinator is processes is process is None:
+        coordinator, processes, process = _environment()
     given = (coordinator, processes, process)
     if processes == 1 and coordinator is None and process in (None, 0):
         return
     if any(value is not None for value in given) and None in given:
         raise UserError(
-            "--coordinator, --processes and --process: give all three, or none and let the "
-            "environment tell"
+            "--coordinator, --processes and --process (or JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID): give all three, or none and let TPU, SLURM or "
+            "Open MPI tell"
         )
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process {process}: give 0 to {processes - 1}")
@@ -69,7 +73,10 @@ def connect(
     except ValueError as error:
         if coordinator is None and "coordinator_address should be defined" in str(error):
             return  # nothing in the environment: alone
-        raise UserError(f"many processes: {error}") from None
+        what = str(error).rstrip(".")
+        raise UserError(
+            f"many processes: {what}; give --coordinator, --processes and --process"
+        ) from None
     except RuntimeError as error:
         if coordinator is None and "before any JAX" in str(error):
             return  # a program that uses jax already, such as a notebook: it is alone, or has met
@@ -78,6 +85,24 @@ def connect(
             f"many processes: cannot join {coordinator or 'the others'} ({line}); all of them must "
             "be started, each with its own --process"
         ) from None
+
+
+def _environment() -> tuple[str | None, int | None, int | None]:
+    """What JAX_... variables say; an address alone is left to JAX, as SLURM may tell the rest."""
+
+    def number(name: str) -> int | None:
+        text = os.environ.get(name)
+        if text is None:
+            return None
+        try:
+            return int(text)
+        except ValueError:
+            raise UserError(f"{name}={text}: give a whole number") from None
+
+    processes, process = number("JAX_NUM_PROCESSES"), number("JAX_PROCESS_ID")
+    if processes is process is None:
+        return None, None, None
+    return os.environ.get("JAX_COORDINATOR_ADDRESS"), processes, process
 
 
 def first() -> bool:

@@ -195,6 +195,57 @@ def test_arguments_that_do_not_go_together(arguments, says):
         hosts.connect(**arguments)
 
 
+def test_variables_that_are_no_numbers_are_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES=two: give a whole number"):
+        hosts.connect()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(UserError, match="give all three"):
+        hosts.connect()
+
+
+@pytest.mark.parametrize("launcher", ["variables", "slurm", "openmpi"])
+def test_the_environment_tells_who_the_others_are(launcher):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+
+    def told(index):
+        """What a launcher tells the process; the port, which it would derive, is a free one."""
+        if launcher == "variables":
+            address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+            return {**address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        if launcher == "slurm":
+            job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+            job |= {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+        else:
+            job = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:5", "OMPI_COMM_WORLD_SIZE": "2"}
+            ranks = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+            job |= dict.fromkeys(ranks, str(index))
+        return job | {"JAX_COORDINATOR_PORT": port}
+
+    code = (
+        "from bitmixer_jax.training import hosts; hosts.connect(); import jax; "
+        "print(jax.process_index(), jax.process_count(), *hosts.agree(10.0 + jax.process_index()))"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | told(index),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    try:
+        found = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [text.splitlines()[-1] for text in found] == ["0 2 11.0", "1 2 11.0"]
+
+
 def test_one_process_needs_nobody():
     hosts.connect(processes=1)
     assert jax.process_count() == 1
