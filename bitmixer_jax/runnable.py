@@ -17,7 +17,8 @@ from bitmixer_jax.export.integer import run_integer
 from bitmixer_jax.export.packed import load_packed
 from bitmixer_jax.models import Network
 from bitmixer_jax.training import load_trained
-from bitmixer_jax.training.checkpoints import digest, read_config
+from bitmixer_jax.training.checkpoints import digest
+from bitmixer_jax.training.claims import read_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,7 +18,7 @@ from bitmixer_jax.models import Network, create_model
 from bitmixer_jax.pairs import covering_policies, never_visited, recalibrate
 from bitmixer_jax.report import table, write_report
 from bitmixer_jax.training import Run, hosts, load_trained, train
-from bitmixer_jax.training.checkpoints import read_config
+from bitmixer_jax.training.claims import read_config
 
 
 def train_and_report(config: Any, workdir: pathlib.Path) -> tuple[pathlib.Path, list[str]]:

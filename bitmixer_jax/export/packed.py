@@ -18,14 +18,13 @@ import numpy as np
 
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import Deployed, FloatStem, Head, Kernel, Layer
+from bitmixer_jax.export.assembly import TABLE_DTYPES, Assembly
+from bitmixer_jax.export.deployed import Deployed, FloatStem, Kernel
 from bitmixer_jax.export.description import Reader, describe
 from bitmixer_jax.files import write_new
-from bitmixer_jax.layer_table import KernelInfo, LayerInfo
 
 PACKED_FORMAT = "bitmixer-packed"
 PACKED_VERSION = 1
-TABLE_DTYPES = ("float32", "float16")
 _HEADER_MOST = 64 * 2**20
 _ZEROS = "0" * 64
 _DTYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8, "U8": np.uint8}
@@ -217,8 +216,7 @@ def unpack(data: bytes, where: str, planes: int | None = None) -> Deployed:
         raise UserError(
             f"{where}: {there} planes are too few for any of its widths {whole.choices}"
         )
-    builder = _Builder(read, description, arrays, whole, kept, kind, there)
-    return builder.build()
+    return Assembly(read, description, arrays, whole, kept, kind, there).build()
 
 
 def _widths_within(space: BitSpace, kind: str, planes: int) -> tuple[int, ...]:
@@ -299,186 +297,3 @@ def _arrays(
 def _offsets(read: Reader, entry: Any) -> tuple[int, ...]:
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     return read.wholes(offsets, 2, 0, 2**62, "data_offsets")
-
-
-class _Builder:
-    """Puts a network together from a description and its arrays."""
-
-    def __init__(
-        self,
-        read: Reader,
-        description: Mapping[str, Any],
-        arrays: Mapping[str, np.ndarray],
-        whole: BitSpace,
-        kept: tuple[int, ...],
-        kind: str,
-        planes: int,
-    ):
-        self.read, self.description, self.arrays = read, description, arrays
-        self.whole, self.kind, self.planes = whole, kind, planes
-        self.kept = kept
-        self.coarser = 2.0 ** (whole.widest - kept[-1]) if kind != "independent" else 1.0
-        self.rows = [whole.choices.index(b) for b in kept]
-        self.taken: dict[str, int] = {}
-
-    def take(self, name: str, dtype: Any, count: int) -> np.ndarray:
-        """The next ``count`` numbers of a tensor."""
-        array = self.arrays.get(name)
-        start = self.taken.get(name, 0)
-        if array is None or array.dtype != dtype or array.ndim != 1 or start + count > len(array):
-            self.read.fail(f"{name} is absent or too short")
-        self.taken[name] = start + count
-        return array[start : start + count]
-
-    def exactly(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """A whole tensor."""
-        array = self.arrays.get(name)
-        if array is None or array.dtype != dtype or array.shape != shape:
-            self.read.fail(f"{name} is absent or of another shape")
-        self.taken[name] = len(array)
-        return array
-
-    def build(self) -> Deployed:
-        read, about = self.read, self.description
-        image_shape = read.shape(read.field(about, "image_shape", list), "image_shape")
-        stem_info = read.kernel(about.get("stem"), image_shape)
-        rows = read.field(about, "layers", list)
-        if not 1 <= len(rows) <= 100_000:
-            read.fail("there are no layers")
-        infos = tuple(read.layer(row, place) for place, row in enumerate(rows))
-        features = read.whole(about.get("features"), 1, 2**20, "features")
-        graph = read.graph(about.get("graph"), stem_info, infos, image_shape, features)
-        norm, ends = about.get("norm"), about.get("ends")
-        if norm not in ("transitional", "per_width") or ends not in ("float", "int8"):
-            read.fail("norm or ends is unknown")
-        if about.get("tables") not in TABLE_DTYPES:
-            read.fail("tables is unknown")
-        classes = read.texts(about.get("classes"), "classes")
-        layers = tuple(self.layer(info, norm == "transitional") for info in infos)
-        stem, head = self.ends(stem_info, image_shape, features, len(classes), ends == "float")
-        for name, array in self.arrays.items():
-            if self.taken.get(name, 0) != len(array) and not name.startswith("plane."):
-                read.fail(f"{name} is longer than its layers need")
-        channels = image_shape[2]
-        deployed = Deployed(
-            space=BitSpace(self.kept),
-            weight_kind=self.kind,
-            code_bits=self.planes if self.kind != "independent" else self.whole.widest,
-            graph=graph,
-            layers=layers,
-            stem=stem,
-            head=head,
-            image_shape=image_shape,
-            mean=self.numbers("mean", channels),
-            std=self.numbers("std", channels),
-            classes=classes,
-            network=read.text(about.get("network"), "network"),
-            about=read.field(about, "about", dict),
-        )
-        if not (deployed.std > 0).all():
-            read.fail("std is not positive")
-        return deployed
-
-    def numbers(self, key: str, count: int) -> np.ndarray:
-        values = self.description.get(key)
-        if type(values) is not list or len(values) != count:
-            self.read.fail(f"{key} is not a list of {count} numbers")
-        if not all(type(v) in (int, float) and math.isfinite(v) for v in values):
-            self.read.fail(f"{key} is not finite")
-        return np.asarray(values, np.float32)
-
-    def layer(self, info: LayerInfo, transitional: bool) -> Layer:
-        n = self.whole.n
-        step = self.take("input_steps", np.float32, n)[self.rows]
-        before = n if transitional and info.previous >= 0 else 1
-        return Layer(
-            info=info,
-            step=self.positive(step, "input_steps"),
-            kernels=tuple(self.kernel(kernel, before) for kernel in info.kernels),
-        )
-
-    def kernel(self, info: KernelInfo, before: int) -> Kernel:
-        n, channels = self.whole.n, info.shape[-1]
-        own = self.rows
-        previous = own if before > 1 else [0]
-        count = self.take("counts", np.int32, before * n).reshape(before, n)
-        norms = self.norms(2 * before * n, channels).reshape(2, before, n, channels)
-        steps = self.take("weight_steps", np.float32, n if self.kind == "independent" else 1)
-        multiplier, offset = norms[:, previous][:, :, own]
-        return Kernel(
-            info=info,
-            codes=self.codes(info),
-            step=self.positive(steps, "weight_steps") * np.float32(self.coarser),
-            multiplier=np.ascontiguousarray(multiplier),
-            offset=np.ascontiguousarray(offset),
-            count=count[previous][:, own],
-        )
-
-    def norms(self, rows: int, channels: int) -> np.ndarray:
-        if self.description["tables"] == "float32":
-            table = self.take("norms", np.float32, rows * channels).reshape(rows, channels)
-        else:
-            small = self.take("norms", np.float16, rows * channels).astype(np.float32)
-            scale = self.take("norm_scales", np.float32, rows)
-            table = small.reshape(rows, channels) * scale[:, None]
-        if not np.isfinite(table).all():
-            self.read.fail("norms are not finite")
-        return table
-
-    def positive(self, values: np.ndarray, name: str) -> np.ndarray:
-        if not (np.isfinite(values).all() and (values > 0).all()):
-            self.read.fail(f"{name} are not positive")
-        return values
-
-    def codes(self, info: KernelInfo) -> np.ndarray:
-        """Codes int8 of a kernel from the planes that are used."""
-        size = math.ceil(info.params / 8)
-
-        def read_planes(names: list[str]) -> np.ndarray:
-            codes = np.zeros(info.params, np.int8)
-            for i, name in enumerate(names):
-                packed = self.take(name, np.uint8, size)
-                bits = np.unpackbits(packed, count=info.params)
-                codes = (codes << 1) | bits.astype(np.int8) if i else -bits.astype(np.int8)
-            return codes.reshape(info.shape)
-
-        if self.kind != "independent":
-            return read_planes([f"plane.{i}" for i in range(self.planes)])[None]
-        sets = [[f"plane.{b}bits.{i}" for i in range(b)] for b in self.kept]
-        return np.stack([read_planes(names) for names in sets])
-
-    def ends(
-        self, info: KernelInfo, image_shape: Any, features: int, classes: int, real: bool
-    ) -> tuple[FloatStem | Layer, Head]:
-        channels = info.shape[-1]
-        dtype = np.float32 if real else np.int8
-        kernel = self.exactly("stem.kernel", dtype, info.shape)
-        multiplier, offset = self.exactly("stem.norm", np.float32, (2, channels))
-        weights = self.exactly("head.kernel", dtype, (features, classes))
-        bias = self.exactly("head.bias", np.float32, (classes,))
-        for values in (kernel, multiplier, offset, weights, bias):
-            if not np.isfinite(values).all():
-                self.read.fail("stem or head is not finite")
-        if real:
-            stem = FloatStem(info=info, kernel=kernel, multiplier=multiplier, offset=offset)
-            return stem, Head(kernel=weights, bias=bias, steps=None)
-        steps = self.positive(self.exactly("end_steps", np.float32, (4,)), "end_steps")
-        one = Kernel(
-            info=info,
-            codes=kernel[None],
-            step=steps[1:2],
-            multiplier=multiplier[None, None],
-            offset=offset[None, None],
-            count=np.ones((1, 1), np.int32),
-        )
-        layer = LayerInfo(
-            name="stem",
-            kind="conv",
-            kernels=(info,),
-            previous=-1,
-            block=-1,
-            signed=True,
-            input=image_shape,
-        )
-        head = Head(kernel=weights, bias=bias, steps=(float(steps[2]), float(steps[3])))
-        return Layer(info=layer, step=steps[:1], kernels=(one,)), head

@@ -28,7 +28,8 @@ from bitmixer_jax.runnable import of_model
 from bitmixer_jax.runs import choose_policy
 from bitmixer_jax.runtime import Runtime
 from bitmixer_jax.training import Run, load_trained
-from bitmixer_jax.training.checkpoints import digest, read_config
+from bitmixer_jax.training.checkpoints import digest
+from bitmixer_jax.training.claims import read_config
 
 FORMATS = ("packed", "onnx", "pytorch", "safetensors", "stablehlo")
 

@@ -19,7 +19,8 @@ from bitmixer_jax.evaluation import Evaluator, NeverVisited, evaluate
 from bitmixer_jax.pairs import fill_unvisited_pairs
 from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training import hosts
-from bitmixer_jax.training.checkpoints import Checkpoints, claim
+from bitmixer_jax.training.checkpoints import Checkpoints
+from bitmixer_jax.training.claims import claim
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.feed import check_streamed, make_feed
 from bitmixer_jax.training.metrics import Bar, Metrics

@@ -16,7 +16,8 @@ from bitmixer_jax.data import Dataset, Order, Streamed, normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
 from bitmixer_jax.training import config as configuration
-from bitmixer_jax.training.checkpoints import Checkpoints, read_config
+from bitmixer_jax.training.checkpoints import Checkpoints
+from bitmixer_jax.training.claims import read_config
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.optimizer import make_optimizer
 from bitmixer_jax.training.stages import Stage, start_from

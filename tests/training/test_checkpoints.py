@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.training.checkpoints import Checkpoints, claim, differences, read_config
+from bitmixer_jax.training.checkpoints import Checkpoints
+from bitmixer_jax.training.claims import claim, differences, read_config
 from bitmixer_jax.training.step import TrainState
 
 

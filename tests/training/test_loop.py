@@ -50,7 +50,8 @@ def test_layers_of_a_block_never_met_at_different_widths(unusual):
 
 def test_evaluation_uses_the_moving_average(unusual):
     run, model, variables = load_trained(unusual)
-    from bitmixer_jax.training.checkpoints import Checkpoints, read_config
+    from bitmixer_jax.training.checkpoints import Checkpoints
+    from bitmixer_jax.training.claims import read_config
 
     examples = read_config(unusual)["made_for"]["examples"]
     plan = make_plan(run, model, examples)
