@@ -182,7 +182,7 @@ def _codes_backward(kind: str, divide: bool, residuals: Any, g: jax.Array) -> An
     Together with v_hat = code * step this gives the formulas at the top of the file.
     """
     v, step, shift, qn, qp = residuals
-    u = v * (1 / step) / shift
+    u = v / step / shift
     top = qp + 1 if kind == "floor" else qp  # floor reaches its top code over a whole unit
     g_inside = jnp.where((u > qn) & (u < top), g, 0)
     d_step = -jnp.sum(g_inside * u) / step

@@ -94,8 +94,12 @@ def plot(table, path):
             label = "layer-wise" if kind == "layer" else "float twin"
             axis.plot(x, [row[f"{kind}_ms"] for row in rows], "o-", color=color, label=label)
         axis.set_xlabel(LABELS[name])
+        if x[-1] > 8:  # each twice the one before
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+        else:
+            axis.set_ylim(bottom=0)
         axis.set_xticks(x, [str(value) for value in x])
-        axis.set_ylim(bottom=0)
     axes[0].set_ylabel("ms a step")
     axes[0].legend()
     figure.savefig(path, dpi=120)

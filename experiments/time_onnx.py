@@ -94,6 +94,8 @@ def main():
     models["switchable"] = switchable_model(real)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = given.threads
+    # Else the threads of one session spin on while the next is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     sessions, seconds = {}, {name: [] for name in models}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():

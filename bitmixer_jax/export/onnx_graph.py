@@ -109,14 +109,19 @@ def _layer(
         name = f"{layer.info.name}.{kernel.info.name}"
         carrier = 8 if bits > 4 else max(least, 2 if bits == 2 else 4)
         if carrier == 8:
-            weights = b.constant(oihw(of), np.int8, name=name)
+            # onnxruntime computes a Cast when it loads the model, a DequantizeLinear at each call.
+            stored = b.constant(oihw(of), np.int8, name=name)
+            weights = b.node("Cast", stored, to=b._onnx.TensorProto.FLOAT)
         else:
-            weights = b.small_integers(oihw(of), carrier, name)
-        weights = b.node("DequantizeLinear", weights, b.constant(1.0))
+            stored = b.small_integers(oihw(of), carrier, name)
+            weights = b.node("DequantizeLinear", stored, b.constant(1.0))
         if kind == "floor":
             weights = b.node("Add", weights, b.constant(0.5))
         sums = b.conv(codes, weights, kernel.info, name=f"{name}.sums")
-        scaled = b.node("Mul", sums, b.channels(kernel.multiplier[before, own]))
+        # Not a constant to onnxruntime, which would multiply it into the weights: sums stay exact.
+        ones = b.constant(np.ones((kernel.info.shape[-1], 1, 1)), np.int8)
+        scale = b.constant(kernel.multiplier[before, own])
+        scaled = b.node("Mul", sums, b.node("DequantizeLinear", ones, scale, axis=0))
         outputs.append(b.node("Add", scaled, b.channels(kernel.offset[before, own])))
     return tuple(outputs)
 
