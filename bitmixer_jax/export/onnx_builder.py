@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,17 +38,18 @@ class Builder:
     Tensors are names; between layers they are float32 ``[N, C, H, W]``.
     """
 
-    def __init__(self) -> None:
-        """Starts empty."""
+    def __init__(self, within: Builder | None = None, prefix: str = "") -> None:
+        """Starts empty, or as a branch of ``within``, whose constants it shares."""
         self._onnx = need_onnx()
+        self._prefix = prefix
         self.nodes: list[Any] = []
-        self.constants: dict[str, Any] = {}
+        self.constants: dict[str, Any] = within.constants if within else {}
 
     def node(
         self, op: str, *inputs: str, outputs: int = 1, name: str = "", **attributes: Any
     ) -> Any:
         """Adds a node of a standard operator; the name of its output, or a tuple of them."""
-        made = name or f"{op.lower()}_{len(self.nodes)}"
+        made = name or f"{self._prefix}{op.lower()}_{len(self.nodes)}"
         names = [made] if outputs == 1 else [f"{made}_{i}" for i in range(outputs)]
         self.nodes.append(
             self._onnx.helper.make_node(op, list(inputs), names, name=f"n_{made}", **attributes)
@@ -88,6 +89,35 @@ class Builder:
                 group=info.groups,
             )
         )
+
+    def choose(self, index: str, ways: Sequence[Callable[[Builder], str]], name: str) -> str:
+        """The float32 result of one of several ways to compute it: of number ``index`` (int64).
+
+        Each way gets the builder of its branch. What depends on constants alone in a branch an
+        engine computes once, when it loads the model.
+        """
+        first = Builder(self, f"{name}.{len(ways)}.")
+        rest = Builder(self, f"{name}.{len(ways)}.else.")
+        found = ways[0](first)
+        if len(ways) == 1:
+            self.nodes += first.nodes
+            return found
+        after = self.node("Sub", index, self.constant(1, np.int64))
+        other = rest.choose(after, ways[1:], name)
+        return str(
+            self.node(
+                "If",
+                self.node("Equal", index, self.constant(0, np.int64)),
+                name=f"{name}.{len(ways)}",
+                then_branch=first._branch(found),
+                else_branch=rest._branch(other),
+            )
+        )
+
+    def _branch(self, result: str) -> Any:
+        values = self._onnx.helper.make_tensor_value_info
+        made = values(result, self._onnx.TensorProto.FLOAT, None)
+        return self._onnx.helper.make_graph(self.nodes, f"{self._prefix}branch", [], [made])
 
     def channels(self, values: np.ndarray) -> str:
         """A constant ``[C, 1, 1]`` of values ``[C]``."""

@@ -9,6 +9,7 @@ network's answers. For speed there is `onnx_int8.int8_model`.
 from __future__ import annotations
 
 import pathlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -172,35 +173,37 @@ def switchable_model(deployed: Deployed) -> Any:
         outputs = []
         for kernel in of.kernels:
             name = f"{of.info.name}.{kernel.info.name}"
-            weights = narrow(kernel, own, name)
+            ways = [partial(sums_at, codes, kernel, name, i) for i in range(n)]
+            sums = b.choose(own, ways, f"{name}.sums")
             row = own
             if len(kernel.count) > 1:
                 before = index[of.info.previous]
                 row = b.node("Add", b.node("Mul", before, b.constant(n, np.int64)), own)
-            sums = b.conv(codes, weights, kernel.info, name=f"{name}.sums")
             shape = (-1, kernel.info.shape[-1], 1, 1)
             multiplier = table(kernel.multiplier.reshape(shape), row, f"{name}.multiplier")
             offset = table(kernel.offset.reshape(shape), row, f"{name}.offset")
             outputs.append(b.node("Add", b.node("Mul", sums, multiplier), offset))
         return tuple(outputs)
 
-    def narrow(kernel: Kernel, own: str, name: str) -> str:
-        """Weights float32 ``[O, I, kh, kw]`` at the width: whole numbers, or halves between."""
-        stored = np.stack([oihw(codes) for codes in kernel.codes])
-        kind = deployed.weight_kind
+    def sums_at(codes: str, kernel: Kernel, name: str, i: int, branch: Builder) -> str:
+        """The convolution at choice ``i``: its weights are of constants alone."""
+        return branch.conv(codes, narrow(branch, kernel, i, name), kernel.info)
+
+    def narrow(b: Builder, kernel: Kernel, i: int, name: str) -> str:
+        """Weights float32 ``[O, I, kh, kw]`` at choice ``i``: whole numbers, or halves between."""
+        kind, to = deployed.weight_kind, b._onnx.TensorProto.FLOAT
         if kind == "independent":
-            codes = b.node("Gather", b.constant(stored, np.int8, name=name), own, axis=0)
-            return str(b.node("Cast", codes, to=b._onnx.TensorProto.FLOAT))
-        wide = b.node(
-            "Cast", b.constant(stored[0], np.int8, name=name), to=b._onnx.TensorProto.FLOAT
-        )
-        shifts = [deployed.code_bits - bits for bits in space.choices]
-        parts = b.node("Mul", wide, table([2.0**-shift for shift in shifts], own))
+            name = f"{name}.{space.choices[i]}bits"
+            return str(b.node("Cast", b.constant(oihw(kernel.codes[i]), np.int8, name=name), to=to))
+        stored = b.constant(oihw(kernel.codes[0]), np.int8, name=name)
+        shift = deployed.code_bits - space.choices[i]
+        parts = b.node("Mul", b.node("Cast", stored, to=to), b.constant(2.0**-shift))
         if kind == "floor":
             return str(b.node("Add", b.node("Floor", parts), b.constant(0.5)))
-        half = table([0.5 if shift else 0.0 for shift in shifts], own)
-        top = table([bounds(bits, True)[1] for bits in space.choices], own)
-        return str(b.node("Min", b.node("Floor", b.node("Add", parts, half)), top))
+        if not shift:
+            return str(parts)
+        top = b.constant(bounds(space.choices[i], True)[1])
+        return str(b.node("Min", b.node("Floor", b.node("Add", parts, b.constant(0.5))), top))
 
     def last(node: Node, x: str) -> str:
         valid = b.node("Cast", known, to=b._onnx.TensorProto.BOOL)
