@@ -96,12 +96,11 @@ class Builder:
         Each way gets the builder of its branch. What depends on constants alone in a branch an
         engine computes once, when it loads the model.
         """
+        if len(ways) == 1:
+            return ways[0](self)
         first = Builder(self, f"{name}.{len(ways)}.")
         rest = Builder(self, f"{name}.{len(ways)}.else.")
         found = ways[0](first)
-        if len(ways) == 1:
-            self.nodes += first.nodes
-            return found
         after = self.node("Sub", index, self.constant(1, np.int64))
         other = rest.choose(after, ways[1:], name)
         return str(
@@ -182,11 +181,8 @@ def head(b: Builder, deployed: Deployed, x: str) -> str:
         input_step, kernel_step = last.steps
         codes = b.node("Round", b.node("Mul", pooled, b.constant(1 / np.float32(input_step))))
         codes = b.node("Clip", codes, b.constant(0.0), b.constant(255.0))
-        kernel = b.node(
-            "DequantizeLinear",
-            b.constant(last.kernel, np.int8, name="head.kernel"),
-            b.constant(1.0),
-        )
+        stored = b.constant(last.kernel, np.int8, name="head.kernel")
+        kernel = b.node("Cast", stored, to=b._onnx.TensorProto.FLOAT)
         sums = b.node("MatMul", codes, kernel)
         scale = np.float32(input_step) * np.float32(kernel_step)
         sums = b.node("Mul", sums, b.constant(scale))

@@ -54,8 +54,8 @@ def places(deployed: Deployed, policy: np.ndarray) -> dict[str, tuple[Layer, int
 def policy_model(deployed: Deployed, policy: np.ndarray, carrier: str = "int8") -> Any:
     """A model of one policy ``[L]``, an onnx.ModelProto.
 
-    Weights and inputs pass QuantizeLinear and DequantizeLinear; the batch norm of the pair in use
-    is one multiplier and one offset per channel.
+    Inputs pass QuantizeLinear and DequantizeLinear, weights are integers; the batch norm of the
+    pair in use is one multiplier and one offset per channel.
 
     Args:
       carrier: type that holds a layer's weights: "int8", "int4" (opset 21; takes layers of up to 4
@@ -110,12 +110,11 @@ def _layer(
         name = f"{layer.info.name}.{kernel.info.name}"
         carrier = 8 if bits > 4 else max(least, 2 if bits == 2 else 4)
         if carrier == 8:
-            # onnxruntime computes a Cast when it loads the model, a DequantizeLinear at each call.
             stored = b.constant(oihw(of), np.int8, name=name)
-            weights = b.node("Cast", stored, to=b._onnx.TensorProto.FLOAT)
         else:
             stored = b.small_integers(oihw(of), carrier, name)
-            weights = b.node("DequantizeLinear", stored, b.constant(1.0))
+        # onnxruntime computes a Cast when it loads the model, a DequantizeLinear in each call.
+        weights = b.node("Cast", stored, to=b._onnx.TensorProto.FLOAT)
         if kind == "floor":
             weights = b.node("Add", weights, b.constant(0.5))
         sums = b.conv(codes, weights, kernel.info, name=f"{name}.sums")
@@ -142,7 +141,8 @@ def switchable_model(deployed: Deployed) -> Any:
     """A model of all policies: its second input is ``policy`` int64 ``[L]``, widths.
 
     One set of int8 weights for all widths (one per width if the quantiser is not nested), narrowed
-    in the graph. A width that is not a choice gives NaN for all logits.
+    in the graph: a branch for each width, whose weights an engine may compute when it loads the
+    model. A width that is not a choice gives NaN for all logits.
 
     Raises:
       UserError: onnx is not installed.

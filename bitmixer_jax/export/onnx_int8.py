@@ -231,7 +231,7 @@ def _in_float(
 ) -> str:
     """Weights that int8 cannot hold (8 bits that end in a half) are multiplied in float."""
     stored = b.constant(oihw(own_codes(deployed, kernel, own)), np.int8, name=name)
-    weights = b.node("DequantizeLinear", stored, b.constant(1.0))
+    weights = b.node("Cast", stored, to=b._onnx.TensorProto.FLOAT)
     weights = b.node("Add", weights, b.constant(deployed.half))
     sums = b.conv(codes, weights, kernel.info)
     scaled = b.node("Mul", sums, b.channels(kernel.multiplier[before, own] / step))
