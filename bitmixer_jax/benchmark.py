@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax.data import Dataset, augment, normalize
+from bitmixer_jax.devices import replicate
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
 from bitmixer_jax.models import Network, create_model
 from bitmixer_jax.training.optimizer import OptimizerSettings, make_optimizer
 from bitmixer_jax.training.plan import init
 from bitmixer_jax.training.stages import Stage
-from bitmixer_jax.training.step import Spread, StepSettings, TrainState, make_train_step, replicate
+from bitmixer_jax.training.step import Spread, StepSettings, TrainState, make_train_step
 
 KINDS = {
     "float": Stage(name="float", epochs=1, quantize="nothing"),

@@ -12,6 +12,7 @@ import optax
 
 from bitmixer_jax.bits import sample_random
 from bitmixer_jax.data import Dataset, Streamed, normalize
+from bitmixer_jax.devices import mine, places, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import never_visited
@@ -70,17 +71,15 @@ class Evaluator:
         self._policies = policies
         devices = list(devices or jax.local_devices())
         size = min(batch_size, -(-len(data) // len(devices)))
-        self._number = -(-len(data) // (size * len(devices)))
-        # Places in a batch of all devices that those of this process take.
-        own = np.asarray([d.process_index == jax.process_index() for d in devices])
-        places = np.arange(len(devices) * size).reshape(-1, size)[own].ravel()
-        self._shared, whole = not own.all(), len(own) * size
-        devices = [device for device, here in zip(devices, own, strict=True) if here]
+        whole = size * len(devices)
+        self._number = -(-len(data) // whole)
+        own, here = places(devices, whole), mine(devices)
+        self._shared = len(here) < len(devices)
         self._feed: Callable[[], Iterable[Any]]
         if isinstance(data, Streamed):
-            self._feed = lambda: _stream(data, devices, whole, places)
+            self._feed = lambda: _stream(data, here, whole, own)
         else:
-            resident = _place(data, devices, whole, places)
+            resident = _place(data, here, whole, own)
             self._feed = lambda: resident
 
         def score(
@@ -110,7 +109,7 @@ class Evaluator:
             return jax.lax.fori_loop(0, number, body, nothing)
 
         self._score: Callable[..., tuple[jax.Array, jax.Array]] = jax.pmap(
-            score, in_axes=(None, 0, 0, None, None), devices=devices
+            score, in_axes=(None, 0, 0, None, None), devices=here
         )
 
     def top1(
@@ -177,14 +176,12 @@ class Evaluator:
         return Scores(right / self.examples, loss / self.examples)
 
 
-def _place(
-    data: Dataset, devices: Sequence[jax.Device], whole: int, places: np.ndarray
-) -> list[Any]:
+def _place(data: Dataset, devices: Sequence[jax.Device], whole: int, own: np.ndarray) -> list[Any]:
     """Batches of (images, labels, how many there are), on the devices; the last one is padded.
 
     Args:
       whole: images in a batch, of all processes.
-      places: int ``[b]`` those of them that ``devices`` take.
+      own: int ``[b]`` places in it that ``devices`` take.
     """
     total = -(-len(data) // whole) * whole
     labels = np.full(total, -1, np.int32)  # -1: padding, never right
@@ -192,7 +189,7 @@ def _place(
     images = np.zeros((total, *data.image_shape), np.uint8)
     images[: len(data)] = data.images
     return [
-        _batch(i[places], y[places], devices)
+        _batch(i[own], y[own], devices)
         for i, y in zip(
             images.reshape(-1, whole, *data.image_shape), labels.reshape(-1, whole), strict=True
         )
@@ -200,10 +197,10 @@ def _place(
 
 
 def _stream(
-    data: Streamed, devices: Sequence[jax.Device], whole: int, places: np.ndarray
+    data: Streamed, devices: Sequence[jax.Device], whole: int, own: np.ndarray
 ) -> Iterator[Any]:
     """The same, decoded on the way."""
-    loader = data.evaluation(whole, places)
+    loader = data.evaluation(whole, own)
     try:
         for images, labels in loader:
             yield _batch(images, labels, devices)
@@ -214,8 +211,7 @@ def _stream(
 def _batch(
     images: np.ndarray, labels: np.ndarray, devices: Sequence[jax.Device]
 ) -> tuple[jax.Array, jax.Array, int]:
-    parts = [_shard(x.reshape(len(devices), -1, *x.shape[1:]), devices) for x in (images, labels)]
-    return parts[0], parts[1], int((labels >= 0).sum())
+    return *shard((images, labels), devices), int((labels >= 0).sum())
 
 
 def _sum_over_processes(
@@ -229,15 +225,6 @@ def _sum_over_processes(
     found = np.frombuffer(np.asarray(heard).tobytes(), np.float64).reshape(-1, len(mine)).sum(0)
     policies = len(right)
     return found[:policies].astype(np.int64), found[policies:-1], int(found[-1])
-
-
-def _shard(array: np.ndarray, devices: Sequence[jax.Device]) -> jax.Array:
-    """Puts slice d of ``array`` ``[D, ...]`` on device d, as pmap wants it."""
-    if len(devices) == 1:
-        return jax.device_put(array, devices[0])
-    mesh = jax.sharding.Mesh(np.asarray(devices), ("batch",))
-    spec = jax.sharding.PartitionSpec("batch")
-    return jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
 
 
 def random_policies(

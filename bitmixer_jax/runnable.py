@@ -18,7 +18,7 @@ from bitmixer_jax.export.packed import load_packed
 from bitmixer_jax.models import Network
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
-from bitmixer_jax.training.claims import read_config
+from bitmixer_jax.training.claims import parse_source, read_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,13 +131,11 @@ def load(source: str | pathlib.Path) -> Runnable:
     """
     if pathlib.Path(source).is_file():
         return of_deployed(load_packed(source))
-    folder = str(source).rpartition("@")[0]
-    if not folder or pathlib.Path(source).exists():
-        folder = str(source)
-    if not pathlib.Path(folder).exists():
+    folder, _ = parse_source(source)
+    if not folder.exists():
         raise UserError(f"{source}: no such workdir or packed file")
     _, model, variables = load_trained(source)
-    about = read_config(pathlib.Path(folder))["made_for"]
+    about = read_config(folder)["made_for"]
     return of_model(
         model, variables, mean=about["mean"], std=about["std"], classes=about["classes"]
     )

@@ -42,8 +42,8 @@ def measure(point, steps):
 
     from bitmixer_jax.benchmark import KINDS, prepare_step
     from bitmixer_jax.bits import BitSpace
+    from bitmixer_jax.devices import replicate
     from bitmixer_jax.models import create_model
-    from bitmixer_jax.training.step import replicate
 
     model = create_model(
         point["model"],

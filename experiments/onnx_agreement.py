@@ -17,13 +17,13 @@ from bitmixer_jax.evaluation import random_policies
 from bitmixer_jax.export.onnx_graph import policy_model, save_onnx, switchable_model
 from bitmixer_jax.export.onnx_int8 import int8_model, stream_ranges
 from bitmixer_jax.export.onnx_runner import OnnxRunner
-from bitmixer_jax.export.workdir import Settings, _Source
+from bitmixer_jax.export.workdir import Settings, Source
 from bitmixer_jax.files import check_new
 
 
 def rows_of(workdir, number, data_dir, folder):
     """One row for each policy."""
-    source = _Source(workdir, Settings(format="onnx", images=number, data_dir=data_dir))
+    source = Source(workdir, Settings(format="onnx", images=number, data_dir=data_dir))
     labels = source.run.load(source.run.test_split, data_dir).labels[:number]
     training = source.run.load(source.run.train_split, data_dir).subset(np.arange(500)).images
     found, layers = source.deployed, source.model.num_layers

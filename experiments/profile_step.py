@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from bitmixer_jax.benchmark import KINDS, prepare_step
+from bitmixer_jax.devices import replicate
 from bitmixer_jax.models import create_model
-from bitmixer_jax.training.step import replicate
 
 
 def main():

@@ -67,8 +67,8 @@ def _least_shared(needed: int) -> int:
 
 def _start_worker(number: int, count: int) -> None:
     """Makes a worker end with its parent, however that ends, and leave signals to it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # launchers send them to all of a job
-        signal.signal(number, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGTERM):  # launchers send them to all of a job
+        signal.signal(each, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

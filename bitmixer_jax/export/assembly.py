@@ -42,33 +42,33 @@ class Assembly:
           kind: of the weight quantiser.
           planes: how many there are to use.
         """
-        self.read, self.description, self.arrays = read, description, arrays
-        self.whole, self.kind, self.planes = whole, kind, planes
-        self.kept = kept
-        self.coarser = 2.0 ** (whole.widest - kept[-1]) if kind != "independent" else 1.0
-        self.rows = [whole.choices.index(b) for b in kept]
-        self.taken: dict[str, int] = {}
+        self._read, self._description, self._arrays = read, description, arrays
+        self._whole, self._kind, self._planes = whole, kind, planes
+        self._kept = kept
+        self._coarser = 2.0 ** (whole.widest - kept[-1]) if kind != "independent" else 1.0
+        self._rows = [whole.choices.index(b) for b in kept]
+        self._taken: dict[str, int] = {}
 
-    def take(self, name: str, dtype: Any, count: int) -> np.ndarray:
+    def _take(self, name: str, dtype: Any, count: int) -> np.ndarray:
         """The next ``count`` numbers of a tensor."""
-        array = self.arrays.get(name)
-        start = self.taken.get(name, 0)
+        array = self._arrays.get(name)
+        start = self._taken.get(name, 0)
         if array is None or array.dtype != dtype or array.ndim != 1 or start + count > len(array):
-            self.read.fail(f"{name} is absent or too short")
-        self.taken[name] = start + count
+            self._read.fail(f"{name} is absent or too short")
+        self._taken[name] = start + count
         return array[start : start + count]
 
-    def exactly(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    def _exactly(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
         """A whole tensor."""
-        array = self.arrays.get(name)
+        array = self._arrays.get(name)
         if array is None or array.dtype != dtype or array.shape != shape:
-            self.read.fail(f"{name} is absent or of another shape")
-        self.taken[name] = len(array)
+            self._read.fail(f"{name} is absent or of another shape")
+        self._taken[name] = len(array)
         return array
 
     def build(self) -> Deployed:
         """The network. Raises UserError where something does not fit."""
-        read, about = self.read, self.description
+        read, about = self._read, self._description
         image_shape = read.shape(read.field(about, "image_shape", list), "image_shape")
         stem_info = read.kernel(about.get("stem"), image_shape)
         rows = read.field(about, "layers", list)
@@ -83,23 +83,23 @@ class Assembly:
         if about.get("tables") not in TABLE_DTYPES:
             read.fail("tables is unknown")
         classes = read.texts(about.get("classes"), "classes")
-        layers = tuple(self.layer(info, norm == "transitional") for info in infos)
-        stem, head = self.ends(stem_info, image_shape, features, len(classes), ends == "float")
-        for name, array in self.arrays.items():
-            if self.taken.get(name, 0) != len(array) and not name.startswith("plane."):
+        layers = tuple(self._layer(info, norm == "transitional") for info in infos)
+        stem, head = self._ends(stem_info, image_shape, features, len(classes), ends == "float")
+        for name, array in self._arrays.items():
+            if self._taken.get(name, 0) != len(array) and not name.startswith("plane."):
                 read.fail(f"{name} is longer than its layers need")
         channels = image_shape[2]
         deployed = Deployed(
-            space=BitSpace(self.kept),
-            weight_kind=self.kind,
-            code_bits=self.planes if self.kind != "independent" else self.whole.widest,
+            space=BitSpace(self._kept),
+            weight_kind=self._kind,
+            code_bits=self._planes if self._kind != "independent" else self._whole.widest,
             graph=graph,
             layers=layers,
             stem=stem,
             head=head,
             image_shape=image_shape,
-            mean=self.numbers("mean", channels),
-            std=self.numbers("std", channels),
+            mean=self._numbers("mean", channels),
+            std=self._numbers("std", channels),
             classes=classes,
             network=read.text(about.get("network"), "network"),
             about=read.field(about, "about", dict),
@@ -108,90 +108,90 @@ class Assembly:
             read.fail("std is not positive")
         return deployed
 
-    def numbers(self, key: str, count: int) -> np.ndarray:
-        values = self.description.get(key)
+    def _numbers(self, key: str, count: int) -> np.ndarray:
+        values = self._description.get(key)
         if type(values) is not list or len(values) != count:
-            self.read.fail(f"{key} is not a list of {count} numbers")
+            self._read.fail(f"{key} is not a list of {count} numbers")
         if not all(type(v) in (int, float) and math.isfinite(v) for v in values):
-            self.read.fail(f"{key} is not finite")
+            self._read.fail(f"{key} is not finite")
         return np.asarray(values, np.float32)
 
-    def layer(self, info: LayerInfo, transitional: bool) -> Layer:
-        n = self.whole.n
-        step = self.take("input_steps", np.float32, n)[self.rows]
+    def _layer(self, info: LayerInfo, transitional: bool) -> Layer:
+        n = self._whole.n
+        step = self._take("input_steps", np.float32, n)[self._rows]
         before = n if transitional and info.previous >= 0 else 1
         return Layer(
             info=info,
-            step=self.positive(step, "input_steps"),
-            kernels=tuple(self.kernel(kernel, before) for kernel in info.kernels),
+            step=self._positive(step, "input_steps"),
+            kernels=tuple(self._kernel(kernel, before) for kernel in info.kernels),
         )
 
-    def kernel(self, info: KernelInfo, before: int) -> Kernel:
-        n, channels = self.whole.n, info.shape[-1]
-        own = self.rows
+    def _kernel(self, info: KernelInfo, before: int) -> Kernel:
+        n, channels = self._whole.n, info.shape[-1]
+        own = self._rows
         previous = own if before > 1 else [0]
-        count = self.take("counts", np.int32, before * n).reshape(before, n)
-        norms = self.norms(2 * before * n, channels).reshape(2, before, n, channels)
-        steps = self.take("weight_steps", np.float32, n if self.kind == "independent" else 1)
+        count = self._take("counts", np.int32, before * n).reshape(before, n)
+        norms = self._norms(2 * before * n, channels).reshape(2, before, n, channels)
+        steps = self._take("weight_steps", np.float32, n if self._kind == "independent" else 1)
         multiplier, offset = norms[:, previous][:, :, own]
         return Kernel(
             info=info,
-            codes=self.codes(info),
-            step=self.positive(steps, "weight_steps") * np.float32(self.coarser),
+            codes=self._codes(info),
+            step=self._positive(steps, "weight_steps") * np.float32(self._coarser),
             multiplier=np.ascontiguousarray(multiplier),
             offset=np.ascontiguousarray(offset),
             count=count[previous][:, own],
         )
 
-    def norms(self, rows: int, channels: int) -> np.ndarray:
-        if self.description["tables"] == "float32":
-            table = self.take("norms", np.float32, rows * channels).reshape(rows, channels)
+    def _norms(self, rows: int, channels: int) -> np.ndarray:
+        if self._description["tables"] == "float32":
+            table = self._take("norms", np.float32, rows * channels).reshape(rows, channels)
         else:
-            small = self.take("norms", np.float16, rows * channels).astype(np.float32)
-            scale = self.take("norm_scales", np.float32, rows)
+            small = self._take("norms", np.float16, rows * channels).astype(np.float32)
+            scale = self._take("norm_scales", np.float32, rows)
             table = small.reshape(rows, channels) * scale[:, None]
         if not np.isfinite(table).all():
-            self.read.fail("norms are not finite")
+            self._read.fail("norms are not finite")
         return table
 
-    def positive(self, values: np.ndarray, name: str) -> np.ndarray:
+    def _positive(self, values: np.ndarray, name: str) -> np.ndarray:
         if not (np.isfinite(values).all() and (values > 0).all()):
-            self.read.fail(f"{name} are not positive")
+            self._read.fail(f"{name} are not positive")
         return values
 
-    def codes(self, info: KernelInfo) -> np.ndarray:
+    def _codes(self, info: KernelInfo) -> np.ndarray:
         """Codes int8 of a kernel from the planes that are used."""
         size = math.ceil(info.params / 8)
 
         def read_planes(names: list[str]) -> np.ndarray:
             codes = np.zeros(info.params, np.int8)
             for i, name in enumerate(names):
-                packed = self.take(name, np.uint8, size)
+                packed = self._take(name, np.uint8, size)
                 bits = np.unpackbits(packed, count=info.params)
                 codes = (codes << 1) | bits.astype(np.int8) if i else -bits.astype(np.int8)
             return codes.reshape(info.shape)
 
-        if self.kind != "independent":
-            return read_planes([f"plane.{i}" for i in range(self.planes)])[None]
-        sets = [[f"plane.{b}bits.{i}" for i in range(b)] for b in self.kept]
+        if self._kind != "independent":
+            return read_planes([f"plane.{i}" for i in range(self._planes)])[None]
+        sets = [[f"plane.{b}bits.{i}" for i in range(b)] for b in self._kept]
         return np.stack([read_planes(names) for names in sets])
 
-    def ends(
+    def _ends(
         self, info: KernelInfo, image_shape: Any, features: int, classes: int, real: bool
     ) -> tuple[FloatStem | Layer, Head]:
         channels = info.shape[-1]
         dtype = np.float32 if real else np.int8
-        kernel = self.exactly("stem.kernel", dtype, info.shape)
-        multiplier, offset = self.exactly("stem.norm", np.float32, (2, channels))
-        weights = self.exactly("head.kernel", dtype, (features, classes))
-        bias = self.exactly("head.bias", np.float32, (classes,))
+        kernel = self._exactly("stem.kernel", dtype, info.shape)
+        multiplier, offset = self._exactly("stem.norm", np.float32, (2, channels))
+        weights = self._exactly("head.kernel", dtype, (features, classes))
+        bias = self._exactly("head.bias", np.float32, (classes,))
         for values in (kernel, multiplier, offset, weights, bias):
             if not np.isfinite(values).all():
-                self.read.fail("stem or head is not finite")
+                self._read.fail("stem or head is not finite")
         if real:
             stem = FloatStem(info=info, kernel=kernel, multiplier=multiplier, offset=offset)
             return stem, Head(kernel=weights, bias=bias, steps=None)
-        steps = self.positive(self.exactly("end_steps", np.float32, (4,)), "end_steps")
+        steps = self._positive(self._exactly("end_steps", np.float32, (4,)), "end_steps")
         one = Kernel(
             info=info,
             codes=kernel[None],

@@ -189,21 +189,22 @@ def switchable_model(deployed: Deployed) -> Any:
         """The convolution at choice ``i``: its weights are of constants alone."""
         return branch.conv(codes, narrow(branch, kernel, i, name), kernel.info)
 
-    def narrow(b: Builder, kernel: Kernel, i: int, name: str) -> str:
+    def narrow(branch: Builder, kernel: Kernel, i: int, name: str) -> str:
         """Weights float32 ``[O, I, kh, kw]`` at choice ``i``: whole numbers, or halves between."""
-        kind, to = deployed.weight_kind, b._onnx.TensorProto.FLOAT
+        node, constant = branch.node, branch.constant
+        kind, to = deployed.weight_kind, branch._onnx.TensorProto.FLOAT
         if kind == "independent":
             name = f"{name}.{space.choices[i]}bits"
-            return str(b.node("Cast", b.constant(oihw(kernel.codes[i]), np.int8, name=name), to=to))
-        stored = b.constant(oihw(kernel.codes[0]), np.int8, name=name)
+            return str(node("Cast", constant(oihw(kernel.codes[i]), np.int8, name=name), to=to))
+        stored = constant(oihw(kernel.codes[0]), np.int8, name=name)
         shift = deployed.code_bits - space.choices[i]
-        parts = b.node("Mul", b.node("Cast", stored, to=to), b.constant(2.0**-shift))
+        parts = node("Mul", node("Cast", stored, to=to), constant(2.0**-shift))
         if kind == "floor":
-            return str(b.node("Add", b.node("Floor", parts), b.constant(0.5)))
+            return str(node("Add", node("Floor", parts), constant(0.5)))
         if not shift:
             return str(parts)
-        top = b.constant(bounds(space.choices[i], True)[1])
-        return str(b.node("Min", b.node("Floor", b.node("Add", parts, b.constant(0.5))), top))
+        top = constant(bounds(space.choices[i], True)[1])
+        return str(node("Min", node("Floor", node("Add", parts, constant(0.5))), top))
 
     def last(node: Node, x: str) -> str:
         valid = b.node("Cast", known, to=b._onnx.TensorProto.BOOL)

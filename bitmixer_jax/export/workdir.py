@@ -29,7 +29,7 @@ from bitmixer_jax.runs import choose_policy
 from bitmixer_jax.runtime import Runtime
 from bitmixer_jax.training import Run, load_trained
 from bitmixer_jax.training.checkpoints import digest
-from bitmixer_jax.training.claims import read_config
+from bitmixer_jax.training.claims import parse_source, read_config
 
 FORMATS = ("packed", "onnx", "pytorch", "safetensors", "stablehlo")
 
@@ -86,8 +86,15 @@ class Settings:
                 raise UserError(f"{name} {number}: give 1 or more")
 
 
-class _Source:
-    """The network to export, and its answers."""
+class Source:
+    """The network to export, and its answers.
+
+    Attributes:
+      run, model, variables, runtime: as `load_trained` and `Runtime.load` give them.
+      policy: int32 ``[L]`` the one to export, or None.
+      images: uint8 ``[N, H, W, C]`` of the test split, for comparison.
+      deployed: the network as exports take it.
+    """
 
     def __init__(self, workdir: str, settings: Settings):
         self.run: Run
@@ -102,8 +109,7 @@ class _Source:
             self.runtime.check(self.policy)
         test = self.run.load(self.run.test_split, settings.data_dir)
         self.images = test.subset(np.arange(min(settings.images, len(test)))).images
-        folder = workdir if pathlib.Path(workdir).is_dir() else workdir.rpartition("@")[0]
-        about = read_config(pathlib.Path(folder))["made_for"]
+        about = read_config(parse_source(workdir)[0])["made_for"]
         self.deployed: Deployed = deploy(
             self.model,
             self.variables,
@@ -150,7 +156,7 @@ def export_workdir(
     own = {"model.py", "weights.safetensors", "__pycache__"}
     if out.is_dir() and not {file.name for file in out.iterdir()} <= own:
         raise UserError(f"--out {out}: holds more than an export; name another folder")
-    source = _Source(workdir, settings)
+    source = Source(workdir, settings)
     partial = out.with_name(f".{out.name}.partial")
     _remove(partial)
     try:
@@ -191,7 +197,7 @@ def _size(path: pathlib.Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _packed(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
+def _packed(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
     save_packed(path, source.deployed, settings.tables)
     runtime = Runtime.load(path)
     if settings.tables == "float16":
@@ -203,7 +209,7 @@ def _packed(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[st
     return "packed", runtime.predict, Tolerance(share=1e-3, agreement=0.999)
 
 
-def _onnx(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
+def _onnx(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
     from bitmixer_jax.export.onnx_graph import policy_model, save_onnx, switchable_model
     from bitmixer_jax.export.onnx_int8 import int8_model, stream_ranges
     from bitmixer_jax.export.onnx_runner import OnnxRunner
@@ -235,16 +241,14 @@ def _onnx(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str,
     return what, both, Tolerance()
 
 
-def _pytorch(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
+def _pytorch(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
     from bitmixer_jax.export.pytorch import TorchRunner, export_pytorch
 
     export_pytorch(source.deployed, path)
     return "pytorch", TorchRunner(path), Tolerance()
 
 
-def _safetensors(
-    source: _Source, path: pathlib.Path, settings: Settings
-) -> tuple[str, Engine, Any]:
+def _safetensors(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
     from bitmixer_jax.export.raw import export_raw, load_raw
 
     deployed = source.deployed
@@ -273,7 +277,7 @@ def _safetensors(
     return "jax, variables read back", again.predict, EXACT
 
 
-def _stablehlo(source: _Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
+def _stablehlo(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
     from bitmixer_jax.export.stablehlo import StablehloRunner, export_stablehlo
 
     export_stablehlo(source.deployed, path)

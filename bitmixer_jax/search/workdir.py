@@ -32,6 +32,7 @@ from bitmixer_jax.search.scores import ScoreBook, file_name
 from bitmixer_jax.search.search import METHODS, Found, Method, search
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
+from bitmixer_jax.training.claims import parse_source
 
 SENSITIVITIES = ("measured", "hessian")
 
@@ -110,11 +111,9 @@ class Trained:
             "images": len(self.data),
             "seed": settings.seed,
         }
-        folder = pathlib.Path(workdir)  # a path may hold an @ of its own
-        folder = folder if folder.exists() else pathlib.Path(workdir.rpartition("@")[0])
         self.book = ScoreBook(
             lambda policies: evaluator.scores(self.variables, policies),
-            folder / "search" / file_name(about),
+            parse_source(workdir)[0] / "search" / file_name(about),
             about,
         )
 

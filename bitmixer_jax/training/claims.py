@@ -12,6 +12,17 @@ from bitmixer_jax.errors import UserError
 CONFIG_FILE = "config.json"
 
 
+def parse_source(source: str | pathlib.Path) -> tuple[pathlib.Path, str]:
+    """Folder and stage ("" if none is named) of WORKDIR or WORKDIR@STAGE.
+
+    A path may hold an @ of its own: what exists is a folder.
+    """
+    folder, _, stage = str(source).rpartition("@")
+    if not folder or pathlib.Path(source).exists():
+        return pathlib.Path(source), ""
+    return pathlib.Path(folder), stage
+
+
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
     """What differs between two JSON trees, one "path: old -> new" each."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -9,11 +9,10 @@ import jax
 import numpy as np
 
 from bitmixer_jax.data import Dataset, Loader, Streamed
+from bitmixer_jax.devices import places, replicate, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training.config import Run
-from bitmixer_jax.training.hosts import mine
 from bitmixer_jax.training.plan import Plan
-from bitmixer_jax.training.step import AXIS, replicate
 
 
 class ResidentFeed:
@@ -59,16 +58,11 @@ class StreamFeed:
         if self._loader is None or step != self._next:
             self.close()
             run, end = self._plan.run, self._plan.ends[-1]
-            self._loader = self._data.training(self._plan.order, step, end, run.flip, self._mine())
+            own = places(self._devices, run.batch_size)
+            self._loader = self._data.training(self._plan.order, step, end, run.flip, own)
         images, labels = next(self._loader)
         self._next = step + 1
         return shard({"image": images, "label": labels}, self._devices), None
-
-    def _mine(self) -> np.ndarray:
-        """Places in the global batch that the devices of this host take, in their order."""
-        here = jax.process_index()
-        places = np.arange(self._plan.run.batch_size).reshape(len(self._devices), -1)
-        return places[[device.process_index == here for device in self._devices]].ravel()
 
     def unreadable(self) -> int:
         """How many images could not be read since this start."""
@@ -101,21 +95,3 @@ def check_streamed(run: Run) -> None:
             f"config.steps_per_dispatch = {run.steps_per_dispatch}: streamed images come one batch "
             "at a time; set it to 1"
         )
-
-
-def shard(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Arrays ``[B, ...]`` of this host as ``[devices, B / devices, ...]``, each part on its device.
-
-    With several hosts, B is of the devices of this one alone.
-    """
-    here = mine(devices)
-    mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
-
-    def place(array: np.ndarray) -> jax.Array:
-        parts = array.reshape(len(here), -1, *array.shape[1:])
-        shape = (len(devices), *parts.shape[1:])
-        placed = [jax.device_put(part[None], d) for part, d in zip(parts, here, strict=True)]
-        return jax.make_array_from_single_device_arrays(shape, sharding, placed)
-
-    return jax.tree.map(place, tree)

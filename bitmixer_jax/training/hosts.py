@@ -8,7 +8,7 @@ reports; checkpoints are written by all, as orbax wants it. With one process all
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -108,11 +108,6 @@ def _environment() -> tuple[str | None, int | None, int | None]:
 def first() -> bool:
     """Whether this process writes logs and reports."""
     return jax.process_index() == 0
-
-
-def mine(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Those of ``devices`` that belong to this process."""
-    return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def agree(*values: float) -> tuple[float, ...]:

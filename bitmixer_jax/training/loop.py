@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from bitmixer_jax.data import Dataset, Streamed
+from bitmixer_jax.devices import replicate
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, NeverVisited, evaluate
 from bitmixer_jax.pairs import fill_unvisited_pairs
@@ -30,7 +31,6 @@ from bitmixer_jax.training.step import (
     StepSettings,
     TrainState,
     make_train_step,
-    replicate,
 )
 
 _ASK_EVERY = 8  # dispatches

@@ -17,7 +17,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
 from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training.checkpoints import Checkpoints
-from bitmixer_jax.training.claims import read_config
+from bitmixer_jax.training.claims import parse_source, read_config
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.optimizer import make_optimizer
 from bitmixer_jax.training.stages import Stage, start_from
@@ -161,17 +161,15 @@ def load_trained(source: str | pathlib.Path) -> tuple[Run, Network, dict[str, An
     Raises:
       UserError: no run there, no checkpoint yet, no such stage, or a damaged checkpoint.
     """
-    folder, _, name = str(source).rpartition("@")
-    if not folder or pathlib.Path(source).exists():  # a path may hold an @ of its own
-        folder, name = str(source), ""
-    saved = read_config(pathlib.Path(folder))
+    folder, name = parse_source(source)
+    saved = read_config(folder)
     about = saved.pop("made_for", None)
     if not about:
         raise UserError(f"{folder}: config.json does not say what the network was made for")
     run = configuration.read(saved)
     model = run.build(len(about["classes"]), tuple(about["image_shape"]))
     plan = make_plan(run, model, about["examples"])
-    checkpoints = Checkpoints(pathlib.Path(folder), keep_steps=plan.ends, read_only=True)
+    checkpoints = Checkpoints(folder, keep_steps=plan.ends, read_only=True)
     step = None
     if name:
         names = [stage.name for stage in run.stages]

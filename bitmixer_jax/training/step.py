@@ -12,16 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bitmixer_jax.data import augment, normalize
+from bitmixer_jax.devices import AXIS, mine, places
 from bitmixer_jax.models import Network
-from bitmixer_jax.training.hosts import mine
 from bitmixer_jax.training.losses import cross_entropy, distillation
 from bitmixer_jax.training.optimizer import apply_selected
 from bitmixer_jax.training.stages import Stage, selected
-
-AXIS = "batch"
 
 
 @flax.struct.dataclass
@@ -199,7 +196,7 @@ class Spread:
         assert not streamed or most == 1
         self.most = most
         self.traces = 0
-        self._places = [d.process_index == jax.process_index() for d in devices]
+        self._devices = list(devices)
 
         def counted(state: TrainState, data: Any, rows: Any, number: Any, teacher: Any) -> Any:
             self.traces += 1
@@ -222,7 +219,7 @@ class Spread:
             in_axes=(None, 0, None, None, None) if streamed else (None, None, 0, None, None),
             out_axes=(None, None),
             donate_argnums=(0,),
-            devices=list(devices),
+            devices=self._devices,
         )
 
     def __call__(
@@ -248,14 +245,5 @@ class Spread:
         number, batch = rows.shape
         padded = np.zeros((self.most, batch), np.int32)
         padded[:number] = rows
-        shards = padded.reshape(self.most, len(self._places), -1).swapaxes(0, 1)
-        return shards[self._places]
-
-
-def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Places a pytree on all devices, whole on each: as the step returns it, so it traces once.
-
-    With several processes, each places it on its own.
-    """
-    mesh = Mesh(np.asarray(mine(devices)), (AXIS,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+        own = padded[:, places(self._devices, batch)]
+        return own.reshape(self.most, len(mine(self._devices)), -1).swapaxes(0, 1)

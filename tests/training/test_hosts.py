@@ -13,6 +13,7 @@ import time
 import jax
 import pytest
 
+from bitmixer_jax.devices import mine, places
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training import hosts, load_trained
 from bitmixer_jax.training.checkpoints import digest
@@ -251,7 +252,8 @@ def test_one_process_needs_nobody():
     assert jax.process_count() == 1
     assert hosts.first()
     assert hosts.agree(3, 0) == (3, 0)
-    assert hosts.mine(jax.devices()) == jax.devices()
+    assert mine(jax.devices()) == jax.devices()
+    assert places(jax.devices(), 4).tolist() == [0, 1, 2, 3]
     assert hosts.leave(RuntimeError("Gloo all-reduce failed")) is None
     with pytest.raises(UserError, match="no"):
         hosts.by_the_first(lambda: (_ for _ in ()).throw(UserError("no")), lambda: None)

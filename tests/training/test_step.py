@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.devices import replicate
 from bitmixer_jax.models import create_model
 from bitmixer_jax.training.losses import cross_entropy, distillation
 from bitmixer_jax.training.optimizer import (
@@ -23,7 +24,7 @@ from bitmixer_jax.training.optimizer import (
 )
 from bitmixer_jax.training.plan import init
 from bitmixer_jax.training.stages import Stage, pairs_used
-from bitmixer_jax.training.step import Spread, StepSettings, TrainState, make_train_step, replicate
+from bitmixer_jax.training.step import Spread, StepSettings, TrainState, make_train_step
 
 SPACE = BitSpace((2, 3, 4))
 B = 16
