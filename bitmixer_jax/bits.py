@@ -222,7 +222,7 @@ def sample_average(
 
 
 def closest(name: str, known: Sequence[str]) -> str:
-    """A hint ", did you mean ..." for a misspelt ``name``; empty when nothing is near."""
+    """A hint "; did you mean ...?" for a misspelt ``name``; empty when nothing is near."""
     near = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {', '.join(near)}?" if near else ""
 

@@ -379,6 +379,8 @@ def load_config(path: str | pathlib.Path, overrides: list[str]) -> ConfigDict:
     except flags.Error as error:
         raise UserError(f"--config {path}: {_first_line(error)}") from None
     except Exception as error:  # whatever the file does when it runs
+        if overrides:
+            _check_settings(path, overrides)
         kind = type(error).__name__
         raise UserError(f"--config {path}: {kind}: {_first_line(error)}") from None
     finally:
@@ -386,6 +388,21 @@ def load_config(path: str | pathlib.Path, overrides: list[str]) -> ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config {path}: get_config() must return an ml_collections ConfigDict")
     return config
+
+
+def _check_settings(path: str | pathlib.Path, overrides: list[str]) -> None:
+    """Raises UserError for the first of ``--config.a.b=value`` that names no setting."""
+    config = load_config(path, [])
+    for word in overrides:
+        name = word.removeprefix("--").partition("=")[0]
+        node: Any = config
+        for key in name.split(".")[1:]:
+            known = list(node) if isinstance(node, ConfigDict) else []
+            if key not in known:
+                listed = f"; there are {', '.join(known)}" if known else "; it has no parts"
+                hint = closest(key, known) or listed
+                raise UserError(f"--config {path}: {name}: no such setting{hint}")
+            node = node[key]
 
 
 def _first_line(error: BaseException) -> str:

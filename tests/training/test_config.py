@@ -204,6 +204,21 @@ def test_wrong_override_is_an_error(tiny_file, override):
 
 
 @pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("batch_sise=4", r"config\.batch_sise: no such setting; did you mean batch_size\?"),
+        ("stages.mixd.epochs=3", r"config\.stages\.mixd\.epochs: .*; did you mean mixed\?"),
+        ("model.quux=3", r"config\.model\.quux: .*; there are .*name"),
+        ("seed.x=3", r"config\.seed\.x: no such setting; it has no parts"),
+    ],
+)
+def test_an_override_of_no_setting_names_the_nearest(tiny_file, override, says):
+    with pytest.raises(UserError, match=says) as caught:
+        load_config(tiny_file, [f"--config.{override}"])
+    one_line(caught)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "def get_config():\n    return 1 / 0\n",
