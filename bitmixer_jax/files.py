@@ -1,37 +1,154 @@
-"""Files that users made are never overwritten in silence."""
+"""Files: bounded reading of regular files, whole writing, and locks that die with their process.
+
+Nothing that a user made is overwritten in silence, and nothing but a regular file is read: a pipe
+or a device in place of a file would make a command wait for ever.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import os
 import pathlib
+import socket
+import stat
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from bitmixer_jax.errors import UserError
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_JSON_LIMIT = 64 * 2**20  # bytes
 
-def write_new(path: str | pathlib.Path, content: str | bytes, *, overwrite: bool = False) -> None:
+
+def user_path(text: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns a path that a user gave, with ``~`` expanded.
+
+    Raises:
+      UserError: the path names a service (``gs://bucket/run``), holds a null character, or starts
+        with the ``~`` of a user without a home folder.
+    """
+    given = os.fspath(text)
+    scheme, separator, _ = given.partition("://")
+    if separator and scheme.isalnum():
+        raise UserError(
+            f"{given}: paths of {scheme}:// are not supported; give a folder of a mounted file "
+            "system (for gs:// gcsfuse mounts a bucket)"
+        )
+    if "\0" in given:
+        raise UserError(f"{given!r}: a path cannot hold a null character")
+    try:
+        return pathlib.Path(given).expanduser()
+    except RuntimeError:
+        raise UserError(f"{given}: this user has no home folder; give the whole path") from None
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file for reading, without waiting.
+
+    Raises:
+      OSError: as `open`; also where the path is a pipe, a device or a folder.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except ValueError as error:  # a null character
+        raise OSError(errno.EINVAL, str(error)) from None
+    try:
+        mode = os.fstat(number).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
+    """Reads a regular file of at most ``limit`` bytes. Raises OSError as `open_file`."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes; at most {limit:,} are read")
+        return file.read() if limit is None else file.read(limit)
+
+
+def read_json(path: str | os.PathLike[str], limit: int = _JSON_LIMIT) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      OSError: as `read_bytes`.
+      ValueError: not UTF-8, or not JSON.
+    """
+    return parse_json(read_bytes(path, limit))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON; whatever is wrong with it raises ValueError.
+
+    Infinity and NaN, which Python's reader accepts, are no JSON and are refused.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file whole or not at all, in place of one that is there. Raises OSError."""
+    path = pathlib.Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file():  # such as /dev/stdout: renaming would replace it
+        path.write_bytes(data)
+        return
+    partial = path.with_name(f".{path.name[:100]}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_new(path: str | os.PathLike[str], content: str | bytes, *, overwrite: bool = False) -> None:
     """Writes a file whole or not at all; the same content again is no change.
 
     Raises:
       UserError: it is there with other content and ``overwrite`` is false, or it cannot be written.
     """
-    path = pathlib.Path(path)
+    path = user_path(path)
     data = content.encode() if isinstance(content, str) else content
     check_new(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         if path.exists() and not overwrite:
-            if path.read_bytes() == data:
+            if read_bytes(path) == data:
                 return
             raise UserError(
                 f"{path}: a file is there already; take another name or ask to overwrite"
             )
-        try:
-            partial.write_bytes(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, data)
     except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror})") from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: str | os.PathLike[str], error: OSError, what: str = "") -> UserError:
+    """Returns the error that says why ``path`` cannot be written.
+
+    Args:
+      what: the flag that named the path, for the message.
+    """
+    advice = "; make room and try again" if error.errno in _DISK_FULL else ""
+    reason = error.strerror or error
+    return UserError(f"{what} {path}".strip() + f": cannot write there ({reason}){advice}")
 
 
 def check_new(path: pathlib.Path, what: str = "") -> None:
@@ -44,10 +161,13 @@ def check_new(path: pathlib.Path, what: str = "") -> None:
       UserError: no such folder, no permission, or the path is a folder.
     """
     named = f"{what} {path}".strip()
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise UserError(f"{named}: cannot write in {path.parent}")
-    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
-        raise UserError(f"{named}: cannot write to it; name a file")
+    try:
+        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+            raise UserError(f"{named}: cannot write in {path.parent}")
+        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+            raise UserError(f"{named}: cannot write to it; name a file")
+    except OSError as error:  # such as a name that is too long
+        raise cannot_write(path, error, what) from None
 
 
 def check_free(
@@ -62,6 +182,76 @@ def check_free(
 
 def check_folder(path: pathlib.Path, what: str = "--out") -> None:
     """Says before the work that a folder could not be made, or written in. Raises UserError."""
-    there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
-    if not (there.is_dir() and os.access(there, os.W_OK)):
+    try:
+        there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+        usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise cannot_write(path, error, what) from None
+    if not usable:
         raise UserError(f"{what} {path}: cannot write there")
+
+
+@contextlib.contextmanager
+def hold(path: pathlib.Path, what: str) -> Iterator[None]:
+    """Holds the lock file ``path`` while the block runs, so that no second process enters it.
+
+    The operating system frees the lock when the process ends, however it ends; network drives
+    (NFS) pass it on to their server. The file is removed at the end of the block.
+
+    Args:
+      path: the lock file; its folder exists.
+      what: what is being used, for the message.
+
+    Raises:
+      UserError: another process holds the lock, or the file cannot be written.
+    """
+    try:
+        number = _locked(path)
+    except BlockingIOError:
+        raise UserError(
+            f"{what}: another process{_holder(path)} is using it; wait until that one has ended"
+        ) from None
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    try:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the note
+            os.ftruncate(number, 0)
+            os.write(number, f"{os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(number)
+
+
+def _locked(path: pathlib.Path) -> int:
+    """Opens and locks a file. Raises BlockingIOError where it is locked already."""
+    import fcntl
+
+    while True:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise BlockingIOError(errno.EWOULDBLOCK, "locked") from None
+                raise
+            # The process that held the lock may have removed the file in between.
+            if os.fstat(number).st_ino == os.stat(path).st_ino:
+                return number
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(number)
+            raise
+        os.close(number)
+
+
+def _holder(path: pathlib.Path) -> str:
+    """Returns " (process 12 on HOST)" of the process that holds a lock, if it is known."""
+    try:
+        text = read_bytes(path, 1000).decode(errors="replace")
+    except OSError:
+        return ""
+    return f" (process {text})" if text else ""
