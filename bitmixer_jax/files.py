@@ -119,7 +119,9 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_new(path: str | os.PathLike[str], content: str | bytes, *, overwrite: bool = False) -> None:
+def write_new(
+    path: str | os.PathLike[str], content: str | bytes, *, overwrite: bool = False
+) -> None:
     """Writes a file whole or not at all; the same content again is no change.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,15 @@ COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a4
 
 
 def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
-    """A figure of so many inches and its axes; it leaves pyplot's state alone."""
-    from matplotlib.figure import Figure
+    """Makes a figure of so many inches and its axes; it needs no screen and no pyplot backend."""
+    # Importing matplotlib fails where MPLBACKEND names a backend that is not installed, such as
+    # that of a notebook. Figures are drawn to files here, so the backend does not matter.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, 1, sharex=True)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.bits import BitSpace
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import cannot_write, write_whole
 from bitmixer_jax.models import Network
 from bitmixer_jax.plotting import COLORS, new_figure, short_names
-from bitmixer_jax.training.metrics import read_metrics
+from bitmixer_jax.training.metrics import number_at, read_metrics
 
 
 def write_report(
@@ -42,7 +42,7 @@ def write_report(
     try:
         return _write(folder, workdir, model, batch_stats, result, config, float_top1)
     except OSError as error:
-        raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
+        raise cannot_write(folder, error) from None
 
 
 def _write(
@@ -55,7 +55,7 @@ def _write(
     float_top1: float | None,
 ) -> pathlib.Path:
     folder.mkdir(exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     plots = ["curves.png"]
     plot_curves(folder / "curves.png", workdir)
     if "uniform" in result:
@@ -76,7 +76,7 @@ def _write(
         )
     lines += ["", f"Seed {config['seed']}, batch {config['batch_size']}.", ""]
     lines += [f"![{plot.removesuffix('.png')}]({plot})" for plot in plots]
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    write_whole(folder / "README.md", "\n".join(lines) + "\n")
     return folder
 
 
@@ -108,6 +108,8 @@ def plot_curves(path: pathlib.Path, workdir: pathlib.Path) -> None:
     """Training loss, and test accuracy by protocol, over epochs; the stages are shaded."""
     train, test = read_metrics(workdir, "train"), read_metrics(workdir, "evaluate")
     figure, (top, bottom) = new_figure(8, 6, rows=2)
+    # A damaged record is left out of the plot.
+    train = [r for r in train if None not in (number_at(r, "epoch"), number_at(r, "loss"))]
     epoch_of = {record["step"]: record["epoch"] for record in train}
     per_epoch = max((s / e for s, e in epoch_of.items() if e), default=1.0)
     top.plot([r["epoch"] for r in train], [r["loss"] for r in train], color=COLORS[0])
@@ -115,12 +117,14 @@ def plot_curves(path: pathlib.Path, workdir: pathlib.Path) -> None:
     series: dict[str, list[tuple[float, float]]] = {}
     for record in test:
         at = record["step"] / per_epoch
-        if "float" in record:
-            series.setdefault("float", []).append((at, record["float"]))
-        for width, top1 in record.get("uniform", {}).items():
-            series.setdefault(f"{width} bits", []).append((at, top1))
-        if "random" in record:
-            series.setdefault("random (mean)", []).append((at, record["random"]["mean"]))
+        uniform = record.get("uniform")
+        widths = list(uniform) if isinstance(uniform, Mapping) else []
+        found = {"float": number_at(record, "float")}
+        found |= {f"{width} bits": number_at(record, "uniform", width) for width in widths}
+        found["random (mean)"] = number_at(record, "random", "mean")
+        for name, top1 in found.items():
+            if top1 is not None:
+                series.setdefault(name, []).append((at, top1))
     for color, (name, points) in zip(COLORS * 3, series.items(), strict=False):
         x, y = zip(*points, strict=True)
         bottom.plot(x, [100 * v for v in y], marker="o", ms=3, label=name, color=color)
@@ -129,7 +133,7 @@ def plot_curves(path: pathlib.Path, workdir: pathlib.Path) -> None:
         bottom.legend()
     starts: dict[str, float] = {}
     for record in train:
-        starts.setdefault(record["stage"], record["epoch"])
+        starts.setdefault(str(record.get("stage", "")), record["epoch"])
     edges = [*starts.values(), train[-1]["epoch"] if train else 0]
     for i, (name, begin) in enumerate(starts.items()):
         for axis in (top, bottom):
@@ -178,8 +182,6 @@ def plot_accuracy(
 
 def plot_visits(path: pathlib.Path, model: Network, batch_stats: Mapping[str, Any]) -> None:
     """Heat map of how many training steps visited each pair of widths, by layer."""
-    from matplotlib.colors import LogNorm
-
     space: BitSpace = model.space
     pairs = [(p, c) for p in space.choices for c in space.choices]
     counts = np.full((model.num_layers, len(pairs)), np.nan)
@@ -191,6 +193,8 @@ def plot_visits(path: pathlib.Path, model: Network, batch_stats: Mapping[str, An
         else:
             counts[row] = count.ravel()
     figure, axis = new_figure(1.5 + 0.62 * len(pairs), 1.6 + 0.3 * model.num_layers)
+    from matplotlib.colors import LogNorm  # `new_figure` imported matplotlib
+
     axis.set_facecolor("0.9")
     shown = np.where(counts == 0, np.nan, counts)
     if np.isfinite(shown).any():

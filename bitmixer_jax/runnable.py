@@ -18,7 +18,7 @@ from bitmixer_jax.export.packed import load_packed
 from bitmixer_jax.models import Network
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
-from bitmixer_jax.training.claims import parse_source, read_config
+from bitmixer_jax.training.claims import parse_source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,8 +134,9 @@ def load(source: str | pathlib.Path) -> Runnable:
     folder, _ = parse_source(source)
     if not folder.exists():
         raise UserError(f"{source}: no such workdir or packed file")
-    _, model, variables = load_trained(source)
-    about = read_config(folder)["made_for"]
+    run, model, variables = load_trained(source)
+    about = run.data_info
+    assert about is not None  # `load_trained` sets it
     return of_model(
         model, variables, mean=about["mean"], std=about["std"], classes=about["classes"]
     )

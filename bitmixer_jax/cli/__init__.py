@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from bitmixer_jax.cli import exports, policies, training
 from bitmixer_jax.cli.common import Parser
+from bitmixer_jax.cli.streams import Output, fill_closed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +44,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
+    """Runs one command and returns its exit status.
+
+    A reader that closes the pipe (``| head -1``) does not end the work. Where standard output
+    cannot be written, on a full disk for example, the work goes on and the status is 2.
+    """
+    fill_closed()
+    output, errors = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Output(output), Output(errors)
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        if sys.stdout.failure is not None:
+            reason = sys.stdout.failure.strerror
+            print(f"bitmixer: standard output cannot be written ({reason})", file=sys.stderr)
+            return status or 2
+        return status
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = output, errors
+
+
+def _run(argv: Sequence[str] | None) -> int:
     from bitmixer_jax.errors import UserError
 
     parser = _parser()
@@ -65,5 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bitmixer: interrupted; the same command goes on where it can", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 1
+    except (OSError, MemoryError) as error:
+        print(f"bitmixer: {_machine_error(error)}", file=sys.stderr)
+        return 2
+
+
+def _machine_error(error: OSError | MemoryError) -> str:
+    """Says in one line what the machine refused, where no command knew more about it."""
+    if isinstance(error, MemoryError):
+        return "memory ran out; give this process more, or ask for less at once"
+    named = f"{error.filename}: " if error.filename else ""
+    lines = str(error.strerror or error).splitlines() or [type(error).__name__]
+    return f"{named}{lines[0]}; the machine refused what this command needs"

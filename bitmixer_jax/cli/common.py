@@ -7,6 +7,8 @@ import json
 import pathlib
 from typing import Any, NoReturn, Protocol
 
+_MOST = 1_000_000
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
@@ -14,6 +16,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def path(text: str) -> pathlib.Path:
+    """Reads a path; ``~`` is expanded."""
+    from bitmixer_jax.errors import UserError
+    from bitmixer_jax.files import user_path
+
+    try:
+        return user_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class AddCommand(Protocol):
@@ -24,10 +37,26 @@ class AddCommand(Protocol):
 
 
 def whole(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 0 or more")
+    """A whole number, 0 or more, of at most 18 digits."""
+    if not (text.isdecimal() and text.isascii() and len(text) < 19):
+        raise argparse.ArgumentTypeError(f"{text[:40]}: give a whole number, 0 or more")
     return int(text)
+
+
+def few(text: str) -> int:
+    """A number of things that are made one by one: 0 to a million."""
+    number = whole(text)
+    if number > _MOST:
+        raise argparse.ArgumentTypeError(f"{text}: give at most {_MOST:,}")
+    return number
+
+
+def seed(text: str) -> int:
+    """A seed of random numbers: 0 to 2^32 - 1."""
+    number = whole(text)
+    if number >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: give less than 2^32")
+    return number
 
 
 def add_set(command: argparse.ArgumentParser) -> None:
@@ -45,13 +74,13 @@ def add_set(command: argparse.ArgumentParser) -> None:
 def add_latency(command: argparse.ArgumentParser) -> None:
     """--latency FILE."""
     command.add_argument(
-        "--latency", type=pathlib.Path, metavar="FILE", help="measured seconds by layer and width"
+        "--latency", type=path, metavar="FILE", help="measured seconds by layer and width"
     )
 
 
 def add_out(command: argparse.ArgumentParser, help: str, required: bool = True) -> None:
     """--out and --overwrite."""
-    command.add_argument("--out", required=required, type=pathlib.Path, help=help)
+    command.add_argument("--out", required=required, type=path, help=help)
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
@@ -73,10 +102,10 @@ def check_json(path: pathlib.Path | None) -> None:
 
 def write_json(path: pathlib.Path | None, result: Any) -> None:
     """Writes a result where --json says."""
-    from bitmixer_jax.errors import UserError
+    from bitmixer_jax.files import cannot_write, write_whole
 
     if path is not None:
         try:
-            path.write_text(json.dumps(result, indent=2) + "\n")
+            write_whole(path, json.dumps(result, indent=2) + "\n")
         except OSError as error:
-            raise UserError(f"--json {path}: cannot write it ({error.strerror})") from None
+            raise cannot_write(path, error, "--json") from None

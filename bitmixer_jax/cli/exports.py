@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 
-from bitmixer_jax.cli.common import AddCommand, add_out, add_set, print_markdown, whole
+from bitmixer_jax.cli.common import (
+    AddCommand,
+    add_out,
+    add_set,
+    few,
+    path,
+    print_markdown,
+    seed,
+)
 
 
 def add(command: AddCommand) -> None:
@@ -40,12 +47,12 @@ def add(command: AddCommand) -> None:
         "--tables", default="float32", help="packed: norms as float32 (exact) or float16 (small)"
     )
     export.add_argument(
-        "--images", type=whole, default=500, metavar="N", help="test images to verify on"
+        "--images", type=few, default=500, metavar="N", help="test images to verify on"
     )
     export.add_argument(
-        "--random", type=whole, default=10, metavar="N", help="random policies to verify"
+        "--random", type=few, default=10, metavar="N", help="random policies to verify"
     )
-    export.add_argument("--seed", type=whole, default=0, help="of these (default 0)")
+    export.add_argument("--seed", type=seed, default=0, help="of these (default 0)")
     export.add_argument("--data_dir", help="where the data are, if not where training found them")
     add_out(export, "file to write; a folder for pytorch")
 
@@ -61,9 +68,9 @@ def add(command: AddCommand) -> None:
     predict.add_argument("--policy", default="", help="as of evaluate (default: the widest width)")
     add_set(predict)
     predict.add_argument(
-        "--top", type=whole, default=5, metavar="K", help="classes to print (default 5)"
+        "--top", type=few, default=5, metavar="K", help="classes to print (default 5)"
     )
-    predict.add_argument("images", nargs="+", type=pathlib.Path, metavar="IMAGE")
+    predict.add_argument("images", nargs="+", type=path, metavar="IMAGE")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -97,7 +104,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     found = predict_files(
         arguments.model, arguments.images, arguments.policy, arguments.set, arguments.top
     )
-    for path, classes in found:
+    for file, classes in found:
         named = ", ".join(f"{name} {100 * share:.1f}%" for name, share in classes)
-        print(f"{path}: {named}")
+        print(f"{file}: {named}")
     return 0

@@ -10,8 +10,9 @@ from bitmixer_jax.cli.common import (
     add_latency,
     add_out,
     add_set,
+    few,
     print_markdown,
-    whole,
+    seed,
 )
 
 
@@ -60,7 +61,7 @@ def add(command: AddCommand) -> None:
     )
     front.add_argument(
         "--random",
-        type=whole,
+        type=few,
         default=100,
         metavar="N",
         help="random policies to draw beside it (default 100)",
@@ -76,11 +77,11 @@ def _add_search(command: argparse.ArgumentParser) -> None:
         "--method", default="greedy", help="greedy (default), ilp, evolution or random"
     )
     command.add_argument(
-        "--seed", type=whole, default=0, help="of the images and of the method (default 0)"
+        "--seed", type=seed, default=0, help="of the images and of the method (default 0)"
     )
     command.add_argument(
         "--evaluations",
-        type=whole,
+        type=few,
         default=512,
         metavar="N",
         help="policies that evolution and random evaluate (default 512)",
@@ -92,7 +93,7 @@ def _add_search(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--images",
-        type=whole,
+        type=few,
         default=2000,
         metavar="N",
         help="images that score a policy (default 2000)",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pathlib
 import sys
 import time
 import traceback
@@ -13,8 +12,10 @@ from bitmixer_jax.cli.common import (
     AddCommand,
     add_set,
     check_json,
+    few,
+    path,
     print_markdown,
-    whole,
+    seed,
     write_json,
 )
 
@@ -31,17 +32,17 @@ def add(command: AddCommand) -> None:
     train.add_argument(
         "--config", required=True, metavar="FILE[:VARIANT]", help="Python file with get_config()"
     )
-    train.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
+    train.add_argument("--workdir", required=True, type=path, help="folder of the run")
     train.add_argument("--config.NAME", metavar="VALUE", help="change a setting (repeatable)")
     many = train.add_argument_group(
         "many processes", "on TPU pods, SLURM and Open MPI the environment tells; docs/scaling.md"
     )
     many.add_argument("--coordinator", metavar="HOST:PORT", help="address of the first process")
-    many.add_argument("--processes", type=whole, metavar="N", help="how many there are")
-    many.add_argument("--process", type=whole, metavar="I", help="which one this is, from 0")
+    many.add_argument("--processes", type=few, metavar="N", help="how many there are")
+    many.add_argument("--process", type=few, metavar="I", help="which one this is, from 0")
     many.add_argument(
         "--heartbeat_seconds",
-        type=whole,
+        type=few,
         default=60,
         metavar="S",
         help="end when another process was silent for so long (default 60)",
@@ -64,10 +65,10 @@ def add(command: AddCommand) -> None:
     )
     add_set(evaluate)
     evaluate.add_argument(
-        "--random", type=whole, default=0, metavar="N", help="number of random policies"
+        "--random", type=few, default=0, metavar="N", help="number of random policies"
     )
     evaluate.add_argument(
-        "--seed", type=whole, default=0, help="of the random policies (default 0)"
+        "--seed", type=seed, default=0, help="of the random policies (default 0)"
     )
     evaluate.add_argument("--no-uniform", action="store_true", help="leave the uniform widths out")
     evaluate.add_argument(
@@ -80,7 +81,7 @@ def add(command: AddCommand) -> None:
     )
     evaluate.add_argument("--data_dir", help="where the data are, if not where training found them")
     evaluate.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="write the result there"
+        "--json", type=path, metavar="FILE", help="write the result there"
     )
 
     prepare = command(
@@ -90,10 +91,10 @@ def add(command: AddCommand) -> None:
         "bitmixer prepare cifar10 --source cifar-10-python.tar.gz --data_dir data",
     )
     prepare.add_argument("name", help="cifar10, fashion_mnist, mnist or imagenet")
-    prepare.add_argument("--source", required=True, type=pathlib.Path, help="archive or folder")
+    prepare.add_argument("--source", required=True, type=path, help="archive or folder")
     prepare.add_argument(
         "--data_dir",
-        type=pathlib.Path,
+        type=path,
         help="where the copy goes (default: $BITMIXER_DATA or a cache folder)",
     )
 
@@ -107,14 +108,14 @@ def add(command: AddCommand) -> None:
         "--model", default="resnet20", help="name of the network (default resnet20)"
     )
     benchmark.add_argument(
-        "--batch_size", type=whole, default=128, help="over all devices (default 128)"
+        "--batch_size", type=few, default=128, help="over all devices (default 128)"
     )
     benchmark.add_argument(
-        "--steps", type=whole, default=20, help="timed steps of each kind (default 20)"
+        "--steps", type=few, default=20, help="timed steps of each kind (default 20)"
     )
     benchmark.add_argument("--compute_dtype", default="float32", help="float32 or bfloat16")
     benchmark.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="write the result there"
+        "--json", type=path, metavar="FILE", help="write the result there"
     )
 
 

@@ -20,7 +20,11 @@ _CHUNK = 1024
 
 def default_dir() -> pathlib.Path:
     """Returns where tensorflow-datasets itself keeps data sets."""
-    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    path = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a user without a home folder
+        return path
 
 
 def find_prepared(name: str, folders: Sequence[pathlib.Path]) -> pathlib.Path | None:

@@ -18,9 +18,20 @@ DATA_DIR_VARIABLE = "BITMIXER_DATA"
 
 
 def default_data_dir() -> pathlib.Path:
-    """Returns where data sets live: `$BITMIXER_DATA`, or else `~/.cache/bitmixer`."""
-    given = os.environ.get(DATA_DIR_VARIABLE)
-    return pathlib.Path(given).expanduser() if given else pathlib.Path.home() / ".cache/bitmixer"
+    """Returns where data sets live: `$BITMIXER_DATA`, or else `~/.cache/bitmixer`.
+
+    A user without a home folder (in a container, for example) gets the path as it is written
+    here: nothing is found there, and `prepare` asks for a folder.
+    """
+    return expanded(os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/bitmixer")
+
+
+def expanded(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns a path with ``~`` expanded, where this user has a home folder."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError:
+        return pathlib.Path(path)
 
 
 def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:

@@ -12,6 +12,7 @@ from bitmixer_jax.data._local import damaged, open_local, sha256_file, write_loc
 from bitmixer_jax.data._sources import open_source
 from bitmixer_jax.data._specs import SPECS, check_arrays
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import user_path
 
 _log = logging.getLogger(__name__)
 
@@ -51,13 +52,13 @@ def prepare(
         there is damaged, or `data_dir` cannot be written to.
     """
     if name == "imagenet":
-        return write_records(pathlib.Path(source).expanduser(), pathlib.Path(data_dir).expanduser())
+        return write_records(user_path(source), user_path(data_dir))
     if name not in SPECS:
         reason = "needs no preparation, load it as it is" if name == "digits" else "is not known"
         known = ", ".join([*SPECS, "imagenet"])
         raise UserError(f"data set {name!r} {reason}: what can be prepared is {known}")
-    source = pathlib.Path(source).expanduser()
-    data_dir = pathlib.Path(data_dir).expanduser()
+    source = user_path(source)
+    data_dir = user_path(data_dir)
     target = data_dir / name
     if target.exists():
         return _verify(name, data_dir)

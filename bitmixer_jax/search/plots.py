@@ -35,12 +35,12 @@ def plot_front(path: pathlib.Path, front: Front) -> None:
 
 def plot_widths(path: pathlib.Path, front: Front) -> None:
     """Heat map of the width of each layer (rows) at each point of the front (columns, by cost)."""
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-
     widths = np.asarray([point.widths for point in front.points])
     count, layers = widths.shape
     columns = np.unique(np.linspace(0, count - 1, 40).round().astype(int))
     figure, axis = new_figure(2.2 + 0.26 * len(columns), 1.8 + 0.26 * layers)
+    from matplotlib.colors import BoundaryNorm, ListedColormap  # `new_figure` imported matplotlib
+
     shades = ListedColormap(
         [
             (*np.asarray([0.16, 0.32, 0.62]) ** p, 1.0)

@@ -6,7 +6,10 @@ that it trained on. Test data is read once, when the search has ended.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import os
 import pathlib
 import re
 import time
@@ -24,7 +27,7 @@ from bitmixer_jax.data import Dataset, Streamed
 from bitmixer_jax.data._dataset import slice_split
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
-from bitmixer_jax.files import check_folder, check_free
+from bitmixer_jax.files import check_folder, check_free, hold, user_path
 from bitmixer_jax.front import Front, Point
 from bitmixer_jax.search import hessian, plots
 from bitmixer_jax.search.problem import Problem, parse_budget
@@ -111,11 +114,36 @@ class Trained:
             "images": len(self.data),
             "seed": settings.seed,
         }
+        self._held = contextlib.ExitStack()
         self.book = ScoreBook(
             lambda policies: evaluator.scores(self.variables, policies),
-            parse_source(workdir)[0] / "search" / file_name(about),
+            self._hold(parse_source(workdir)[0] / "search" / file_name(about)),
             about,
         )
+
+    def _hold(self, path: pathlib.Path) -> pathlib.Path | None:
+        """Takes a file of scores for this process; None where the workdir cannot be written.
+
+        Raises:
+          UserError: another search uses the file.
+        """
+        try:
+            path.parent.mkdir(exist_ok=True)
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            print(
+                f"warning: {path.parent}: cannot write there ({error.strerror}); a search that is "
+                "stopped will start anew"
+            )
+            return None
+        lock = path.with_name(f".{path.name}.lock")
+        self._held.enter_context(hold(lock, f"search scores {path}"))
+        return path
+
+    def close(self) -> None:
+        """Frees the file of scores."""
+        self._held.close()
 
     def _left_out(self) -> str:
         """What training left out, if that is anything and not test data; else what it saw."""
@@ -242,8 +270,15 @@ def search_workdir(
     Raises:
       UserError: see `Trained`, `parse_budget`, `Problem`, `Found.best`; ``out`` exists.
     """
+    out = user_path(out)
     check_free(out, overwrite)
-    trained = Trained(workdir, settings)
+    with contextlib.closing(Trained(workdir, settings)) as trained:
+        return _search_workdir(trained, budget, out, overwrite)
+
+
+def _search_workdir(
+    trained: Trained, budget: Sequence[str], out: pathlib.Path, overwrite: bool
+) -> list[str]:
     model, space = trained.model, trained.model.space
     limits = parse_budget(budget, trained.costs)
     problem = Problem(space=space, groups=trained.groups, axis=limits[0].cost, limits=limits)
@@ -314,12 +349,19 @@ def front_workdir(
 
     Returns, raises: as `search_workdir`.
     """
-    file = out / "front.json"
+    out = user_path(out)
     check_folder(out)
     if out.exists():
         for name in ("front.json", "front.png", "widths.png"):
             check_free(out / name, overwrite)
-    trained = Trained(workdir, settings)
+    with contextlib.closing(Trained(workdir, settings)) as trained:
+        return _front_workdir(trained, cost, out, random, overwrite)
+
+
+def _front_workdir(
+    trained: Trained, cost: str, out: pathlib.Path, random: int, overwrite: bool
+) -> list[str]:
+    settings = trained.settings
     model, space = trained.model, trained.model.space
     if cost not in trained.costs:
         known = list(trained.costs)
@@ -358,7 +400,7 @@ def front_workdir(
             "random": _reference(axis, drawn, top1[after + space.n :]),
         },
     )
-    front.save(file, overwrite=overwrite)
+    front.save(out / "front.json", overwrite=overwrite)
     plots.plot_front(out / "front.png", front)
     plots.plot_widths(out / "widths.png", front)
     return [

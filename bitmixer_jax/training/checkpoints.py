@@ -20,6 +20,21 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.training import hosts
 
 FORMAT = "bitmixer-checkpoint"
+_PATTERN_CHARACTERS = "*?[]\\"
+
+
+def check_path(workdir: pathlib.Path) -> None:
+    """Refuses a folder whose checkpoints could be written but not read back.
+
+    Raises:
+      UserError: the path has characters that orbax takes for patterns of file names.
+    """
+    found = sorted(set(str(workdir.absolute())) & set(_PATTERN_CHARACTERS))
+    if found:
+        raise UserError(
+            f"--workdir {workdir}: checkpoints cannot be read from a path with "
+            f"{' '.join(found)}; take another folder"
+        )
 
 
 class Damaged(UserError):
@@ -114,9 +129,12 @@ class Checkpoints:
             yield
         except Exception as error:
             text = str(error)
-            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
-            denied = isinstance(error, OSError) or "Permission denied" in text
-            if not (full or denied or "RESOURCE_EXHAUSTED" in text):
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+                sign in text for sign in ("No space left", "Disk quota", "OS error 28")
+            )
+            signs = ("Permission denied", "RESOURCE_EXHAUSTED", "File too large", "OS error")
+            denied = isinstance(error, OSError) or any(sign in text for sign in signs)
+            if not (full or denied):
                 raise
             what = "the disk is full" if full else f"cannot write ({text.splitlines()[0]})"
             last = max(self._manager.all_steps(read=True), default=None)
@@ -229,12 +247,26 @@ class Checkpoints:
                 "train from the start, take another --workdir"
             )
         for step, said in damaged:
+            (aside,) = self.set_aside([step])
+            say(f"skipped {said}; moved to {aside}")
+        return state
+
+    def set_aside(self, steps: Iterable[int]) -> list[pathlib.Path]:
+        """Moves checkpoints to ``workdir/damaged`` and returns their new folders.
+
+        A run that comes past their step saves it again.
+
+        Raises:
+          UserError: they cannot be moved.
+        """
+        moved = []
+        for step in steps:
             aside = self.folder.parent / "damaged" / f"{step}"
             hosts.by_the_first(partial(self._move, step, aside), lambda: None)
-            say(f"skipped {said}; moved to {aside}")
-        if damaged:
+            moved.append(aside)
+        if moved:
             self._manager.reload()
-        return state
+        return moved
 
     def _move(self, step: int, aside: pathlib.Path) -> None:
         try:

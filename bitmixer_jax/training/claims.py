@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import cannot_write, read_json, user_path, write_whole
 
 CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"  # held by the process that trains in the folder
 
 
 def parse_source(source: str | pathlib.Path) -> tuple[pathlib.Path, str]:
@@ -17,9 +19,13 @@ def parse_source(source: str | pathlib.Path) -> tuple[pathlib.Path, str]:
 
     A path may hold an @ of its own: what exists is a folder.
     """
-    folder, _, stage = str(source).rpartition("@")
-    if not folder or pathlib.Path(source).exists():
-        return pathlib.Path(source), ""
+    path = user_path(source)
+    folder, _, stage = str(path).rpartition("@")
+    try:
+        if not folder or path.exists():
+            return path, ""
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{str(source)[:200]}: cannot be read ({error.strerror})") from None
     return pathlib.Path(folder), stage
 
 
@@ -85,12 +91,9 @@ def claim(
             )
         if not write:
             return
-        # Written beside and renamed: a kill never leaves half a file.
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(config, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"workdir {workdir}: cannot write there ({error.strerror})") from None
+        raise cannot_write(workdir, error, "workdir") from None
 
 
 def _filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     """
     path = pathlib.Path(workdir) / CONFIG_FILE
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{workdir}: no run here ({CONFIG_FILE} is missing)") from None
     except (OSError, ValueError) as error:
@@ -118,3 +121,42 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: not the configuration of a run")
     return config
+
+
+def read_data_info(path: pathlib.Path, info: Any) -> dict[str, Any]:
+    """Checks what a configuration says of the data that its network was made for.
+
+    Args:
+      path: of the configuration, for messages.
+      info: the value of "made_for": "classes" (names), "image_shape" ``[H, W, C]``, "examples",
+        "mean" and "std" ``[C]`` in units of 0..255.
+
+    Raises:
+      UserError: something is missing, or has another type or range.
+    """
+
+    def count(value: Any) -> bool:
+        return type(value) is int and 1 <= value < 2**31
+
+    def numbers(value: Any, least: float) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == info["image_shape"][2]
+            and all(type(x) in (int, float) and least < x < 1e6 for x in value)
+        )
+
+    checks = {
+        "classes": lambda v: (
+            isinstance(v, list) and len(v) > 0 and all(isinstance(name, str) for name in v)
+        ),
+        "image_shape": lambda v: isinstance(v, list) and len(v) == 3 and all(map(count, v)),
+        "examples": count,
+        "mean": lambda v: numbers(v, -1e6),
+        "std": lambda v: numbers(v, 0),
+    }
+    if not isinstance(info, dict):
+        raise UserError(f'{path}: "made_for", the data of this network, is missing or damaged')
+    for key, good in checks.items():
+        if not good(info.get(key)):
+            raise UserError(f'{path}: "made_for" has a missing or damaged entry {key!r}')
+    return info

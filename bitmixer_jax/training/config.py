@@ -6,10 +6,11 @@ import dataclasses
 import math
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 from ml_collections import ConfigDict
 
 from bitmixer_jax import data as datasets
@@ -20,6 +21,8 @@ from bitmixer_jax.layers import Quantization
 from bitmixer_jax.models import MODELS, Network, create_model
 from bitmixer_jax.training.optimizer import OptimizerSettings
 from bitmixer_jax.training.stages import Stage
+
+_MOST_POLICIES = 1_000_000
 
 # Settings that do not change what is computed: a run may be resumed with other values.
 FREE = (
@@ -129,7 +132,10 @@ def float_config(config: ConfigDict, epochs: float, learning_rate: float = 0.1) 
 class Run:
     """A checked configuration.
 
-    Attributes are those of `default_config`, with ``stages`` in the order in which they run.
+    Attributes are those of `default_config`, with ``stages`` in the order in which they run; and
+
+      data_info: of a trained network, the data it was trained on ("classes", "image_shape", "mean",
+        "std"); None before training.
     """
 
     seed: int
@@ -159,6 +165,7 @@ class Run:
     log_every: int
     checkpoint_seconds: float
     keep_checkpoints: int
+    data_info: Mapping[str, Any] | None = None
 
     @property
     def is_float(self) -> bool:
@@ -166,14 +173,31 @@ class Run:
         return self.stages[0].quantize == "nothing"
 
     def load(self, split: str, data_dir: str | None = None) -> Dataset | Streamed:
-        """A split of the data set, from ``data_dir`` if it is not where training found it."""
-        return datasets.open_split(
+        """Opens a split of the data set, from ``data_dir`` if it is not where training found it.
+
+        The data of a trained network are normalised with the statistics of its training.
+
+        Raises:
+          UserError: no such data; or their classes or image shape are not those of the training.
+        """
+        data = datasets.open_split(
             self.dataset,
             split,
             data_dir or self.data_dir or None,
             stream=self.stream,
             workers=self.workers,
         )
+        if self.data_info is None:
+            return data
+        where = f"data set {self.dataset}"
+        check_classes(data.classes, self.data_info["classes"], where)
+        shape = tuple(self.data_info["image_shape"])
+        if data.image_shape != shape:
+            raise UserError(
+                f"{where}: images are {data.image_shape}; the network was trained on {shape}"
+            )
+        mean, std = (np.asarray(self.data_info[key], np.float32) for key in ("mean", "std"))
+        return dataclasses.replace(data, mean=mean, std=std)
 
     def network(self, data: Dataset | Streamed) -> Network:
         """The network for a data set."""
@@ -272,14 +296,44 @@ def _check_run(run: Run) -> None:
         ("seed", 0),
         ("workers", -1),
     ):
-        if getattr(run, name) < least:
-            raise UserError(f"config.{name} = {getattr(run, name)}; give {least} or more")
+        value = getattr(run, name)
+        if value < least:
+            raise UserError(f"config.{name} = {value}; give {least} or more")
+        most = _MOST_POLICIES if name in ("evaluate_random", "report_random") else 2**31 - 1
+        if value > most and name != "seed":
+            raise UserError(f"config.{name} = {value}; give at most {most}")
     if run.seed >= 2**32:
         raise UserError(f"config.seed = {run.seed}; give less than 2^32")
     if run.label_smoothing >= 1:
         raise UserError(f"config.label_smoothing = {run.label_smoothing}; give 0 <= s < 1")
     # Unknown models and settings should not wait for the data.
     run.build(2, (32, 32, 3)).groups(run.selection)  # type: ignore[arg-type]
+
+
+def check_classes(found: Sequence[str], expected: Sequence[str], where: str) -> None:
+    """Checks that data have the classes that a network was trained on, in the same order.
+
+    Raises:
+      UserError: they differ; the message names the difference.
+    """
+    if list(found) == list(expected):
+        return
+    added = [name for name in found if name not in set(expected)]
+    missing = [name for name in expected if name not in set(found)]
+    both = (("new", added), ("missing", missing))
+    said = [f"{word} {_few(names)}" for word, names in both if names]
+    if not said:
+        place = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
+        said = [f"other order: class {place} is {found[place]!r}, it was {expected[place]!r}"]
+    raise UserError(
+        f"{where}: its classes are not those of the training: {'; '.join(said)}. Give the data "
+        "of the training, or train a network for these classes"
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more
 
 
 def to_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -330,6 +384,8 @@ def _check_model(settings: Mapping[str, Any]) -> None:
         value = settings.get(setting, default)
         if type(default) is int and value < 1:
             raise UserError(f"config.model.{setting} = {value}; give 1 or more")
+        if type(default) is int and value > 2**20:
+            raise UserError(f"config.model.{setting} = {value}; give at most {2**20}")
     if not 0 <= settings.get("momentum", 0) < 1:
         raise UserError(f"config.model.momentum = {settings['momentum']}; give 0 <= momentum < 1")
     if settings.get("ends", "float") not in ("float", "int8"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import pathlib
 import signal
 import time
@@ -17,12 +19,13 @@ from bitmixer_jax.data import Dataset, Streamed
 from bitmixer_jax.devices import replicate
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, NeverVisited, evaluate
+from bitmixer_jax.files import cannot_write, hold, user_path
 from bitmixer_jax.pairs import fill_unvisited_pairs
 from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training import hosts
-from bitmixer_jax.training.checkpoints import Checkpoints
-from bitmixer_jax.training.claims import claim
-from bitmixer_jax.training.config import Run
+from bitmixer_jax.training.checkpoints import Checkpoints, check_path
+from bitmixer_jax.training.claims import LOCK_FILE, claim, parse_source, read_config
+from bitmixer_jax.training.config import Run, check_classes
 from bitmixer_jax.training.feed import check_streamed, make_feed
 from bitmixer_jax.training.metrics import Bar, Metrics
 from bitmixer_jax.training.plan import Plan, as_of, initial_state, load_weights, make_plan
@@ -34,6 +37,7 @@ from bitmixer_jax.training.step import (
 )
 
 _ASK_EVERY = 8  # dispatches
+_FIRST_CHECKPOINT_SECONDS = 30.0
 
 
 class Interrupted(Exception):
@@ -59,7 +63,8 @@ def train(
       Interrupted: SIGTERM or SIGINT; the state is saved.
       hosts.Leave: of several processes this one failed, or another.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = user_path(workdir)
+    check_path(workdir)
     run = configuration.read(config)
     train_data, test_data = run.load(run.train_split), run.load(run.test_split)
     if isinstance(train_data, Streamed):
@@ -82,8 +87,32 @@ def train(
     defaults = configuration.to_json(configuration.default_config())
     for name in ("stages", "model"):
         defaults.pop(name)
-    take = partial(claim, workdir, made, free=configuration.FREE, defaults=defaults)
-    hosts.by_the_first(take, partial(take, write=False))
+    check = partial(claim, workdir, made, free=configuration.FREE, defaults=defaults)
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            """Takes the workdir for this process alone, then checks or writes its configuration."""
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise cannot_write(workdir, error, "workdir") from None
+            held.enter_context(hold(workdir / LOCK_FILE, f"workdir {workdir}"))
+            check()
+
+        hosts.by_the_first(take, partial(check, write=False))
+        _train(run, plan, workdir, train_data, test_data, devices)
+    return run
+
+
+def _train(
+    run: Run,
+    plan: Plan,
+    workdir: pathlib.Path,
+    train_data: Dataset | Streamed,
+    test_data: Dataset | Streamed,
+    devices: list[jax.Device],
+) -> None:
+    """Trains from the newest checkpoint, or from the start, to the end of the last stage."""
     checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=plan.ends)
     skipped: list[str] = []
     state = checkpoints.restore_whole(plan.abstract_state(), skipped.append)
@@ -109,7 +138,7 @@ def train(
                 if int(state.step) < plan.ends[stage]:
                     state = trainer.run_stage(stage, state, signals)
             trainer.evaluate(state, len(run.stages) - 1)
-            checkpoints.save(state, {"stage": run.stages[-1].name})
+            trainer.save(state, len(run.stages) - 1)
             checkpoints.wait()
         checkpoints.close()
     except Interrupted:
@@ -124,7 +153,6 @@ def train(
         trainer.feed.close()
         bar.stop()
         metrics.close()
-    return run
 
 
 class _Signals:
@@ -167,10 +195,12 @@ class _Trainer:
         self.feed = make_feed(self.plan, self.train_data, self.devices)
         self.teacher, self.teacher_variables = None, None
         if any(stage.distill == "teacher" for stage in run.stages):
+            _check_teacher(run.teacher, self.train_data.classes)
             self.teacher, variables = load_weights(run.teacher, self.plan.model)
             self.teacher_variables = replicate(variables, self.devices)
         self.evaluators: dict[int, Evaluator] = {}
         self.saved_at = time.monotonic()
+        self.read_back = bool(self.checkpoints.steps)
 
     def enter(self, stage: int, state: TrainState) -> TrainState:
         """The hand-over: fresh optimiser state, and for layer-wise widths every pair filled."""
@@ -226,7 +256,9 @@ class _Trainer:
                 self.evaluate(state, number)
                 clock.restart()
             stop = signals.received
-            due = int(time.monotonic() - self.saved_at > run.checkpoint_seconds)
+            # The first checkpoint comes soon: a run whose checkpoints cannot be read ends there.
+            soon = math.inf if self.read_back else _FIRST_CHECKPOINT_SECONDS
+            due = int(time.monotonic() - self.saved_at > min(run.checkpoint_seconds, soon))
             if jax.process_count() > 1:
                 # All stop and save at one step; asking waits for the devices, so not at each.
                 ask = (step - plan.start(number)) // run.steps_per_dispatch % _ASK_EVERY == 0
@@ -264,8 +296,44 @@ class _Trainer:
         return state
 
     def save(self, state: TrainState, stage: int) -> None:
-        self.checkpoints.save(state, {"stage": self.plan.run.stages[stage].name})
+        """Saves the state; the first checkpoint of a run is read back.
+
+        Raises:
+          UserError: a value of the state is not finite, or what was saved cannot be read back.
+        """
+        name, step = self.plan.run.stages[stage].name, int(state.step)
+        if not _all_finite((state.params, state.batch_stats)):
+            raise self.not_finite(name, step, "the weights are not finite")
+        self.checkpoints.save(state, {"stage": name})
+        if not self.read_back:
+            self.checkpoints.wait()
+            try:
+                self.checkpoints.restore(self.plan.abstract_state(), step)
+            except UserError as error:
+                raise UserError(
+                    f"{self.checkpoints.folder}: the first checkpoint was saved but cannot be read "
+                    f"back ({error}); train in another --workdir"
+                ) from None
+            self.read_back = True
         self.saved_at = time.monotonic()
+
+    def not_finite(self, stage: str, step: int, what: str) -> UserError:
+        """Returns the error of a training that diverged at ``step``.
+
+        A checkpoint of that step or a later one holds the diverged state. It is moved aside, so
+        that the checkpoint that is called good is the one that a new start goes on from.
+        """
+        self.checkpoints.wait()
+        bad = [saved for saved in self.checkpoints.steps if saved >= step]
+        aside = self.checkpoints.set_aside(bad)
+        steps = self.checkpoints.steps
+        kept = f"the checkpoint of step {steps[-1]} is good" if steps else "no good state was saved"
+        if aside:
+            kept += f"; that of step {bad[-1]} is not and was moved to {aside[-1]}"
+        return UserError(
+            f"stage {stage}, step {step}: {what}; {kept}. Lower the learning rate or set "
+            "config.optimizer.clip_norm, in another --workdir"
+        )
 
     def log(self, pending: list[Any], step: int, stage: int, clock: _Clock) -> list[Any]:
         """Fetches and records the metrics since the last call. Returns an empty list.
@@ -280,13 +348,11 @@ class _Trainer:
         values = {key: np.concatenate([m[key] for m in fetched]) for key in fetched[0]}
         bad = ~(np.isfinite(values["loss"]) & np.isfinite(values["grad_norm"]))
         if bad.any():
-            at = pending[0][0] + int(np.argmax(bad))
-            steps = self.checkpoints.steps
-            kept = f"the checkpoint of step {steps[-1]} is good" if steps else "none was saved yet"
-            raise UserError(
-                f"stage {name}, step {at}: the loss is not finite (loss {values['loss'][bad][0]}, "
-                f"gradient norm {values['grad_norm'][bad][0]}); {kept}. Lower the learning rate "
-                "or set config.optimizer.clip_norm, in another --workdir"
+            loss, norm = (values[key][bad][0] for key in ("loss", "grad_norm"))
+            raise self.not_finite(
+                name,
+                pending[0][0] + int(np.argmax(bad)),
+                f"the loss is not finite (loss {loss}, gradient norm {norm})",
             )
         record = {key: float(v.mean()) for key, v in values.items()}
         record["epoch"] = step / self.plan.steps_per_epoch
@@ -336,6 +402,22 @@ class _Trainer:
         result.get("random", {}).pop("scores", None)
         self.metrics.write("evaluate", step, {"stage": layout.name, **result})
         self.bar.say(f"step {step}: test accuracy: {describe(result)}")
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    """Whether all values of a tree of arrays are finite: a bool scalar."""
+    return jax.numpy.stack([jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _check_teacher(source: str, classes: Sequence[str]) -> None:
+    """Checks that a teacher knows the classes of the data, in their order. Raises UserError."""
+    if user_path(source).is_file():  # a state_dict of torchvision names no classes
+        return
+    folder, _ = parse_source(source)
+    info = read_config(folder).get("made_for")
+    if isinstance(info, Mapping) and isinstance(info.get("classes"), list):
+        check_classes(classes, info["classes"], f"config.teacher = {source}: the data")
 
 
 def describe(result: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import parse_json, read_bytes
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -83,14 +84,34 @@ def read_metrics(workdir: pathlib.Path, kind: str) -> list[dict[str, Any]]:
     """
     path = pathlib.Path(workdir) / METRICS_FILE
     records: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    try:
+        text = read_bytes(path).decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    for line in text.splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and record.get("kind") == kind and "step" in record:
-            records[record["step"]] = record
+        if isinstance(record, dict) and record.get("kind") == kind:
+            step = record.get("step")
+            if type(step) is int and 0 <= step < 2**31:
+                records[step] = record
     return [records[step] for step in sorted(records)]
+
+
+def number_at(record: Any, *keys: str) -> float | None:
+    """Returns the number under ``keys`` in nested mappings; None where there is none.
+
+    A metrics file may be damaged; a plot draws the records that are whole.
+    """
+    for key in keys:
+        record = record.get(key) if isinstance(record, Mapping) else None
+    if type(record) not in (int, float) or not abs(record) < 1e300:
+        return None
+    return float(record)
 
 
 class Bar:

@@ -17,7 +17,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
 from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training.checkpoints import Checkpoints
-from bitmixer_jax.training.claims import parse_source, read_config
+from bitmixer_jax.training.claims import CONFIG_FILE, parse_source, read_config, read_data_info
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.optimizer import make_optimizer
 from bitmixer_jax.training.stages import Stage, start_from
@@ -99,6 +99,11 @@ def make_plan(run: Run, model: Network, examples: int) -> Plan:
         raise UserError(f"config.batch_size = {run.batch_size}: more than the {examples} images")
     per_epoch = examples // run.batch_size
     lengths = [max(1, round(stage.epochs * per_epoch)) for stage in run.stages]
+    if sum(lengths) >= 2**31:
+        raise UserError(
+            f"config.stages: {sum(lengths):.3g} steps in all; a run has at most 2^31 - 1; lower "
+            "the epochs"
+        )
     return Plan(run, model, examples, per_epoch, tuple(int(end) for end in np.cumsum(lengths)))
 
 
@@ -163,10 +168,12 @@ def load_trained(source: str | pathlib.Path) -> tuple[Run, Network, dict[str, An
     """
     folder, name = parse_source(source)
     saved = read_config(folder)
-    about = saved.pop("made_for", None)
-    if not about:
-        raise UserError(f"{folder}: config.json does not say what the network was made for")
-    run = configuration.read(saved)
+    about = read_data_info(folder / CONFIG_FILE, saved.pop("made_for", None))
+    try:
+        run = dataclasses.replace(configuration.read(saved), data_info=about)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{folder / CONFIG_FILE}: damaged ({kind}: {error})") from None
     model = run.build(len(about["classes"]), tuple(about["image_shape"]))
     plan = make_plan(run, model, about["examples"])
     checkpoints = Checkpoints(folder, keep_steps=plan.ends, read_only=True)

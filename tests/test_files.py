@@ -1,0 +1,91 @@
+"""Files: what is no regular file is refused, writing is whole, and a lock keeps others out."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import hold, open_file, parse_json, read_bytes, user_path, write_new
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make):
+    path = tmp_path / "thing"
+    make(path)
+    with pytest.raises(OSError, match="not a regular file|Is a directory"):
+        open_file(path)
+
+
+def test_devices_are_refused():
+    with pytest.raises(OSError, match="not a regular file"):
+        open_file("/dev/zero")
+
+
+def test_a_file_beyond_the_limit_is_refused(tmp_path):
+    (tmp_path / "large").write_bytes(b"x" * 11)
+    assert read_bytes(tmp_path / "large", 11) == b"x" * 11
+    with pytest.raises(OSError, match="11 bytes; at most 10") as error:
+        read_bytes(tmp_path / "large", 10)
+    assert error.value.errno == errno.EFBIG
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "NaN", '{"a": Infinity}', "{", b"\xff"])
+def test_what_is_no_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(user_path("~/runs")) == "/home/someone/runs"
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "a\0b"])
+def test_a_path_that_cannot_be_used_is_refused(path):
+    with pytest.raises(UserError):
+        user_path(path)
+
+
+def test_a_file_is_not_overwritten_in_silence(tmp_path):
+    write_new(tmp_path / "a", "one")
+    write_new(tmp_path / "a", "one")
+    with pytest.raises(UserError, match="there already"):
+        write_new(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_full_disk_is_said_in_one_line():
+    with pytest.raises(UserError, match="No space left on device"):
+        write_new("/dev/full", "text", overwrite=True)
+
+
+def test_a_lock_keeps_a_second_holder_out_and_is_removed(tmp_path):
+    path = tmp_path / ".lock"
+    with hold(path, "workdir w"):
+        with (
+            pytest.raises(UserError, match=f"workdir w: another process .{os.getpid()} on"),
+            hold(path, "workdir w"),
+        ):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    with hold(path, "workdir w"):
+        pass
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    path = tmp_path / ".lock"
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from bitmixer_jax.files import hold\n"
+        "with hold(pathlib.Path(sys.argv[1]), 'it'):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert path.exists()
+    with hold(path, "it"):
+        pass

@@ -1,0 +1,269 @@
+"""Faults around a workdir: one user at a time, classes that changed, paths, diverged training."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bitmixer_jax import cli
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import hold
+from bitmixer_jax.runs import evaluate_workdir
+from bitmixer_jax.training import load_trained, train
+from bitmixer_jax.training.checkpoints import Checkpoints
+from bitmixer_jax.training.claims import LOCK_FILE
+from bitmixer_jax.training.config import check_classes
+
+CONFIG = pathlib.Path(__file__).parents[1] / "tiny_config.py"
+
+
+def environment(**changes):
+    """The environment with changes; None removes a variable."""
+    found = {**os.environ, **{k: v for k, v in changes.items() if v is not None}}
+    return {k: v for k, v in found.items() if changes.get(k, "") is not None}
+
+
+def run_command(words, **changes):
+    return subprocess.run(
+        [sys.executable, "-m", "bitmixer_jax.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(**changes),
+    )
+
+
+# Classes.
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (["a", "b", "c", "d"], "new 'd'"),
+        (["a", "c"], "missing 'b'"),
+        (["a", "x", "c"], "new 'x'; missing 'b'"),
+        (["b", "a", "c"], "class 0 is 'b', it was 'a'"),
+    ],
+)
+def test_a_change_of_classes_is_named(found, said):
+    with pytest.raises(UserError, match=said):
+        check_classes(found, ["a", "b", "c"], "data")
+
+
+def test_data_of_other_classes_are_not_evaluated(trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    names = config["made_for"]["classes"]
+    names[2], names[3] = names[3], names[2]
+    (workdir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="class 2 is '2', it was '3'"):
+        evaluate_workdir(str(workdir))
+    run, _, _ = load_trained(workdir)
+    with pytest.raises(UserError, match="classes"):
+        run.load(run.train_split)  # the reading that search, export and recalibration share
+
+
+def test_a_renamed_folder_of_classes_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    from bitmixer_jax.training import load_config
+
+    settings = [f"--config.dataset=folder:{tmp_path / 'data'}", "--config.batch_size=4"]
+    settings += ["--config.stream.size=8", "--config.stream.resize=8", "--config.workers=0"]
+    settings += ["--config.test_split=validation", "--config.pad=0"]
+    config = load_config(f"{CONFIG}:float", settings)
+    train(config, tmp_path / "run")
+    assert "float" in evaluate_workdir(str(tmp_path / "run"))
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "cat").rename(tmp_path / "data" / split / "zebra")
+    with pytest.raises(UserError, match="new 'zebra'; missing 'cat'"):
+        evaluate_workdir(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("key", ["classes", "image_shape", "examples", "mean", "std"])
+@pytest.mark.parametrize("value", [None, [], "x", [None], -1, [1e400], {"a": 1}])
+def test_a_damaged_entry_about_the_data_is_one_line(trained, tmp_path, key, value):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    config = json.loads((trained / "config.json").read_text())
+    config["made_for"][key] = value
+    (workdir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json") as error:
+        load_trained(workdir)
+    assert "\n" not in str(error.value)
+
+
+# One training at a time.
+
+
+def test_a_second_training_is_refused_and_changes_nothing(trained, tiny, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with (
+        hold(workdir / LOCK_FILE, "it"),
+        pytest.raises(UserError, match="another process"),
+    ):
+        train(tiny(), workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_second_search_on_the_same_scores_is_refused(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    words = ["search", "--workdir", str(workdir), "--budget", "avg_bits=3", "--images", "20"]
+    assert cli.main([*words, "--out", str(tmp_path / "a.json")]) == 0
+    (scores,) = (workdir / "search").glob("scores-*.jsonl")
+    with hold(scores.with_name(f".{scores.name}.lock"), "it"):
+        assert cli.main([*words, "--out", str(tmp_path / "b.json")]) == 2
+    assert "another process" in capsys.readouterr().err
+    assert not (tmp_path / "b.json").exists()
+
+
+# Paths.
+
+
+@pytest.mark.parametrize("name", ["sweep[lr=0.1]", "a*b", "what?", "back\\slash"])
+def test_a_workdir_whose_checkpoints_could_not_be_read_is_refused(tiny, tmp_path, name):
+    with pytest.raises(UserError, match="cannot be read from a path with"):
+        train(tiny(), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["lr=0.1, wd={1}", "a#b%20c", "ein Gerät", "run@1:2"])
+def test_other_characters_in_a_workdir_work(tiny, tmp_path, name):
+    train(tiny(variant="float"), tmp_path / name)
+    assert "float" in evaluate_workdir(str(tmp_path / name))
+
+
+def test_a_bucket_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs:// are not supported"):
+        train(tiny(), "gs://bucket/run")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Checkpoints.
+
+
+def test_a_first_checkpoint_that_cannot_be_read_back_ends_the_run(tiny, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("no such checkpoint")
+
+    monkeypatch.setattr(Checkpoints, "restore", fail)
+    with pytest.raises(UserError, match="cannot be read back"):
+        train(tiny(variant="float"), tmp_path / "run")
+
+
+def test_a_checkpoint_that_is_called_good_is_finite(tiny, tmp_path):
+    config = tiny("checkpoint_seconds=0.0", "log_every=1", variant="float")
+    config.stages.float.learning_rate = 1e30
+    config.optimizer.clip_norm = 0.0
+    with pytest.raises(UserError, match="not finite") as error:
+        train(config, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", read_only=True)
+    steps = checkpoints.steps
+    checkpoints.close()
+    said = str(error.value)
+    if steps:
+        assert f"the checkpoint of step {steps[-1]} is good" in said
+    else:
+        assert "no good state was saved" in said
+    _, step = said.split("step ", 1)
+    assert all(saved < int(step.split(":")[0]) for saved in steps)
+
+
+# Places to run.
+
+
+def test_no_home_is_needed(tmp_path):
+    done = run_command(
+        ["train", "--config", f"{CONFIG}:float", "--workdir", tmp_path / "run"],
+        HOME=None,
+        MPLBACKEND="module://no_such_backend",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report" / "curves.png").stat().st_size > 1000
+
+
+def test_output_that_cannot_be_written_ends_in_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bitmixer_jax.cli", "cost", "--model", "resnet8"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "bitmixer: standard output cannot be written (No space left on device)\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["| true", "| head -1", "1>&-", "2>&-", "<&- 1>&- 2>&-"])
+def test_closed_outputs_end_nothing(tmp_path, command):
+    policy = tmp_path / "policy.json"
+    line = f"{sys.executable} -m bitmixer_jax.cli cost --model resnet8 --out {policy} {command}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert json.loads(policy.read_text())["format"] == "bitmixer-policy"
+
+
+def test_a_terminal_of_another_alphabet_gets_escapes():
+    done = run_command(
+        ["cost", "--model", "resnet8"], PYTHONIOENCODING="ascii", LC_ALL="C", COLUMNS="20"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "--workdir", "x", "--random", "100000000000"],
+        ["evaluate", "--workdir", "x", "--seed", str(2**64)],
+        ["evaluate", "--workdir", "x", "--seed", "9" * 5000],
+        ["export", "--workdir", "x", "--format", "packed", "--out", "y", "--random", "9" * 12],
+        ["evaluate", "--workdir", "x" * 300],
+        ["evaluate", "--workdir", "x\0y"],
+        ["train", "--config", str(CONFIG), "--workdir", "y" * 300],
+    ],
+)
+def test_numbers_and_names_beyond_reason_are_one_line(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(words)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["batch_size=1099511627776", "evaluate_random=100000000000", "stages.float.epochs=1e12"],
+)
+def test_settings_beyond_reason_are_refused(tiny, tmp_path, setting):
+    with pytest.raises(UserError):
+        train(tiny(setting, variant="float"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
