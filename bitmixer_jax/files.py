@@ -251,9 +251,9 @@ def _locked(path: pathlib.Path) -> int:
 
 
 def _holder(path: pathlib.Path) -> str:
-    """Returns " (process 12 on HOST)" of the process that holds a lock, if it is known."""
+    """Returns " (12 on HOST)": number and machine of the process that holds a lock, if known."""
     try:
         text = read_bytes(path, 1000).decode(errors="replace")
     except OSError:
         return ""
-    return f" (process {text})" if text else ""
+    return f" ({text})" if text else ""

@@ -15,7 +15,7 @@ from bitmixer_jax.files import hold, open_file, parse_json, read_bytes, user_pat
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make):
     path = tmp_path / "thing"
     make(path)
-    with pytest.raises(OSError, match="not a regular file|Is a directory"):
+    with pytest.raises(OSError, match=r"not a regular file|Is a directory"):
         open_file(path)
 
 

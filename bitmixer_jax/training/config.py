@@ -376,9 +376,7 @@ def _check_model(settings: Mapping[str, Any]) -> None:
     for of_data in ("num_classes", "image_shape", "space"):
         if of_data in settings:
             raise UserError(f"config.model: unknown setting {of_data!r}; the data and choices say")
-    family = MODELS[name][0] if name in MODELS else Network
-    known = {f.name: f.default for f in (*dataclasses.fields(Quantization), *_fields(family))}
-    plain = {k: v for k, v in known.items() if isinstance(v, bool | int | float | str)}
+    plain = _model_defaults(name)
     _check_types("config.model", settings, plain)
     for setting, default in plain.items():
         value = settings.get(setting, default)
@@ -426,10 +424,15 @@ def load_config(path: str | pathlib.Path, overrides: list[str]) -> ConfigDict:
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    words = ["bitmixer", f"--config={path}", *overrides]
+    completed = _with_unnamed(path, overrides) if overrides else None
+    given_file = [f"--config={path}"] if completed is None else []
+    words = ["bitmixer", *given_file, *overrides]
     given, sys.argv = sys.argv, words  # config_flags looks for the overrides there, and only there
     try:
+        if completed is None:
+            holder = config_flags.DEFINE_config_file("config", flag_values=values)
+        else:
+            holder = config_flags.DEFINE_config_dict("config", completed, flag_values=values)
         values(words)
         config = holder.value
     except flags.Error as error:
@@ -444,6 +447,41 @@ def load_config(path: str | pathlib.Path, overrides: list[str]) -> ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config {path}: get_config() must return an ml_collections ConfigDict")
     return config
+
+
+def _with_unnamed(path: str | pathlib.Path, overrides: Sequence[str]) -> ConfigDict | None:
+    """Returns the configuration with the defaults of settings that overrides name and it does not.
+
+    A file need not name every setting of a model or a stage, but an override may. None: the file
+    names all that are overridden, or an override is wrong in another way.
+    """
+    config = load_config(path, [])
+    changed = False
+    for word in overrides:
+        keys = word.removeprefix("--").partition("=")[0].split(".")[1:]
+        node: Any = config
+        for key in keys[:-1]:
+            node = node[key] if isinstance(node, ConfigDict) and key in node else None
+        if not isinstance(node, ConfigDict) or keys[-1] in node:
+            continue
+        if keys[:-1] == ["model"]:
+            known = _model_defaults(config.model.get("name"))
+        elif len(keys) == 3 and keys[0] == "stages":
+            known = {f.name: f.default for f in dataclasses.fields(Stage) if f.name != "name"}
+        else:
+            continue
+        if isinstance(known.get(keys[-1]), bool | int | float | str):
+            with node.unlocked():
+                node[keys[-1]] = known[keys[-1]]
+            changed = True
+    return config if changed else None
+
+
+def _model_defaults(name: Any) -> dict[str, Any]:
+    """The settings of a network that are plain values, and their defaults."""
+    family = MODELS[name][0] if name in MODELS else Network
+    known = {f.name: f.default for f in (*dataclasses.fields(Quantization), *_fields(family))}
+    return {k: v for k, v in known.items() if isinstance(v, bool | int | float | str)}
 
 
 def _check_settings(path: str | pathlib.Path, overrides: list[str]) -> None:

@@ -39,6 +39,15 @@ def _no_data(monkeypatch):
     monkeypatch.setattr(data, "open_split", load)
 
 
+def test_a_setting_that_the_file_does_not_name_can_be_given(tiny_file):
+    config = load_config(
+        str(tiny_file),
+        ["--config.model.stem_strides=2", "--config.stages.activations.rho_end=0.5"],
+    )
+    assert config.model.stem_strides == 2
+    assert config.stages.activations.rho_end == 0.5
+
+
 def test_there_are_configurations():
     assert FILES
 
