@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import pathlib
 import socket
 import stat
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from bitmixer_jax.errors import UserError
 
@@ -44,7 +45,7 @@ def user_path(text: str | os.PathLike[str]) -> pathlib.Path:
         raise UserError(f"{given}: this user has no home folder; give the whole path") from None
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Opens a regular file for reading, without waiting.
 
     Raises:

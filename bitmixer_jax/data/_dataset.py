@@ -1,12 +1,8 @@
 """What a data set in memory is: one split of it or a slice, with the statistics of its channels."""
 
 import dataclasses
-import re
-from collections.abc import Mapping
 
 import numpy as np
-
-from bitmixer_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,41 +97,6 @@ def histogram_stats(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     variance = (share * (values - mean[:, None]) ** 2).sum(axis=1)
     std = np.where(variance > 0, np.sqrt(variance), 1.0)
     return mean.astype(np.float32), std.astype(np.float32)
-
-
-_SPLIT = re.compile(r"(?P<name>\w+)(\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\])?")
-
-
-def slice_split(split: str, counts: Mapping[str, int]) -> tuple[str, int, int]:
-    """Returns the split's name, first example and end, as tensorflow-datasets would read it.
-
-    Args:
-      split: such as `train`, `train[:90%]`, `train[45000:]`, `test[10:20]`.
-      counts: number of examples of each split there is.
-    """
-    allowed = (
-        f"{' or '.join(counts)}, optionally with a slice by count or per cent such as "
-        "train[:90%], train[45000:], train[10:20]"
-    )
-    match = _SPLIT.fullmatch(split)
-    if match is None or match["name"] not in counts:
-        raise UserError(f"unknown split {split!r}: give {allowed}")
-    count = counts[match["name"]]
-
-    def position(text: str | None, default: int) -> int:
-        if text is None:
-            return default
-        if text.endswith("%"):
-            # `round` is what tensorflow-datasets does by default ("closest").
-            return round(int(text[:-1]) * count / 100) if int(text[:-1]) <= 100 else count + 1
-        return int(text)
-
-    start, stop = position(match["start"], 0), position(match["stop"], count)
-    if max(start, stop) > count:
-        raise UserError(f"split {split!r} reaches beyond the {count} examples of {match['name']}")
-    if start >= stop:
-        raise UserError(f"split {split!r} is empty: {match['name']} has {count} examples")
-    return match["name"], start, stop
 
 
 def kind(array: np.ndarray) -> str:

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bitmixer_jax.data._dataset import slice_split
-from bitmixer_jax.data.image_files import SUFFIXES
+from bitmixer_jax.data._names import listed
+from bitmixer_jax.data._splits import parse_split, split_names
+from bitmixer_jax.data.decode import MOST_BYTES, SUFFIXES
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import read_bytes
 
 _log = logging.getLogger(__name__)
 
-_NAMED = 10  # names in a message: enough to see what they have in common
 _VALIDATION = ("val", "validation")  # folders of the split "validation"
 
 
@@ -35,18 +36,13 @@ class Source(Protocol):
         """What to call an image in messages."""
 
 
-def listed(names: list[str]) -> str:
-    """Names in a message, cut short where there are many."""
-    return ", ".join(names[:_NAMED]) + (f", and {len(names) - _NAMED} more" * (len(names) > _NAMED))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
-    """Files ``root/CLASS/FILE``, in an order that is fixed and mixes the classes.
+    """Files ``root/SPLIT/CLASS/FILE``, in an order that is fixed and mixes the classes.
 
     Attributes:
-      root: folder of the split.
-      names: the names ``CLASS/FILE`` of all files, one after the other.
+      root: folder of all splits.
+      names: the names ``SPLIT/CLASS/FILE`` of all files, one after the other.
       ends: ``[N + 1]`` int64, where each of them ends: a million strings would take ten times the
         memory, in each process.
       labels: ``[N]`` int32.
@@ -67,8 +63,7 @@ class FolderSource:
 
     def read(self, index: int) -> tuple[bytes, int]:
         """See Source."""
-        with open(self.name(index), "rb") as file:
-            return file.read(), int(self.labels[index])
+        return read_bytes(self.name(index), MOST_BYTES), int(self.labels[index])
 
     def _name(self, index: int) -> bytes:
         return self.names[self.ends[index] : self.ends[index + 1]]
@@ -88,56 +83,79 @@ def open_folder(
     Raises:
       UserError: nothing there, unknown split, classes without images, or other classes than train.
     """
-    if not (folder / "train").is_dir():
+    try:
+        places = {
+            "validation" if path.name in _VALIDATION else path.name: path
+            for path in sorted(folder.iterdir())
+            if path.is_dir() and path.name[0] != "."
+        }
+    except OSError as error:
+        if folder.is_dir():
+            raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+        places = {}
+    if "train" not in places:
         raise UserError(
             f"{folder}: no folder of classes: give one with train/CLASS/*.JPEG and val/CLASS/*.JPEG"
         )
-    places = {
-        "validation" if path.name in _VALIDATION else path.name: path
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and path.name[0] != "."
-    }
-    part = split.partition("[")[0]
-    if part not in places:
-        raise UserError(
-            f"unknown split {split!r}: {folder} has {', '.join(places)} (the folder val is the "
-            "split validation), optionally with a slice such as train[:90%]"
-        )
+    try:
+        chosen = split_names(split, places)
+    except UserError as error:
+        raise UserError(f"{folder}: {error} (the folder val is the split validation)") from None
     classes = _classes(places["train"])
-    of_split = _classes(places[part])
+    of_splits = {
+        name: _list_split(places[name], classes, places["train"], skip_unreadable)
+        for name in chosen
+    }
+    counts = {name: len(names) for name, (names, _) in of_splits.items()}
+    # Mixed, so that a slice such as train[:90%] has images of every class; `RandomState` because
+    # numpy promises that its streams never change.
+    orders = {name: np.random.RandomState(0).permutation(count) for name, count in counts.items()}
+    names, labels = [], []
+    for part, start, stop in parse_split(split, {**dict.fromkeys(places, 0), **counts}):
+        all_names, all_labels = of_splits[part]
+        names += [all_names[i] for i in orders[part][start:stop]]
+        labels.append(all_labels[orders[part][start:stop]])
+    ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
+    source = FolderSource(str(folder), b"".join(names), ends, np.concatenate(labels))
+    return source, tuple(classes)
+
+
+def _list_split(
+    place: pathlib.Path, classes: list[str], train: pathlib.Path, skip_unreadable: bool
+) -> tuple[list[bytes], np.ndarray]:
+    """The names ``SPLIT/CLASS/FILE`` of a split, by class, and their labels int32 ``[N]``."""
+    of_split = _classes(place)
     unknown = sorted({*of_split} - {*classes})
     if unknown:
         raise UserError(
-            f"{places[part]}: {len(unknown)} classes that {places['train']} does not have: "
-            f"{listed(unknown)}"
+            f"{place}: {len(unknown)} classes that {train} does not have: {listed(unknown)}"
         )
-    files = [_files(places[part] / name) if name in of_split else [] for name in classes]
+    files = [_files(place / name) if name in of_split else [] for name in classes]
     empty = [name for name, found in zip(classes, files, strict=True) if not found]
     if len(empty) == len(classes):
-        raise UserError(f"{places[part]}: no images in any class; files end with {_suffixes()}")
+        raise UserError(f"{place}: no images in any class; files end with {_suffixes()}")
     if empty:
-        text = f"{places[part]}: {len(empty)} of {len(classes)} classes without images: "
+        text = f"{place}: {len(empty)} of {len(classes)} classes without images: "
         if not skip_unreadable:
             raise UserError(
                 f"{text}{listed(empty)}; complete them, or set config.stream.skip_unreadable=True"
             )
         _log.warning("%s%s", text, listed(empty))
     names = [
-        os.fsencode(f"{c}/{file}") for c, of in zip(classes, files, strict=True) for file in of
+        os.fsencode(f"{place.name}/{name}/{file}")
+        for name, of_class in zip(classes, files, strict=True)
+        for file in of_class
     ]
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(of) for of in files])
-    # Mixed, so that a slice such as train[:90%] has images of every class; `RandomState` because
-    # numpy promises that its streams never change.
-    _, start, stop = slice_split(split, {part: len(names)})
-    order = np.random.RandomState(0).permutation(len(names))[start:stop]
-    ends = np.cumsum([0, *(len(names[i]) for i in order)], dtype=np.int64)
-    blob = b"".join(names[i] for i in order)
-    return FolderSource(str(places[part]), blob, ends, labels[order]), tuple(classes)
+    counts = [len(of_class) for of_class in files]
+    return names, np.repeat(np.arange(len(classes), dtype=np.int32), counts)
 
 
 def _classes(folder: pathlib.Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        found = [(e.name, e.is_dir()) for e in entries if e.name[0] != "."]
+    try:
+        with os.scandir(folder) as entries:
+            found = [(e.name, e.is_dir()) for e in entries if e.name[0] != "."]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
     classes = sorted(name for name, is_dir in found if is_dir)
     if not classes:
         loose = sum(name.lower().endswith(SUFFIXES) for name, _ in found)
@@ -220,8 +238,8 @@ def open_records(
     import tensorflow_datasets as tfds
 
     splits = builder.info.splits
-    part, start, stop = slice_split(split, {key: splits[key].num_examples for key in splits})
-    taken = f"{part}[{start}:{stop}]"
+    parts = parse_split(split, {key: splits[key].num_examples for key in splits})
+    taken = "+".join(f"{name}[{start}:{stop}]" for name, start, stop in parts)
     records = builder.as_data_source(split=taken, decoders={"image": tfds.decode.SkipDecoding()})
     shards = splits[taken].file_instructions
     starts = tuple(int(n) for n in np.cumsum([0, *(s.take for s in shards)])[:-1])
@@ -230,8 +248,8 @@ def open_records(
     if lost:
         images = sum(shards[i].take for i in lost)
         text = (
-            f"{folder} {part}: {len(lost)} of {len(shards)} files of records cannot be read, with "
-            f"{images} of {stop - start} images: {listed(list(lost.values()))}"
+            f"{folder} {split}: {len(lost)} of {len(shards)} files of records cannot be read, with "
+            f"{images} of {len(records)} images: {listed(list(lost.values()))}"
         )
         if not skip_unreadable or len(lost) == len(shards):
             raise UserError(f"{text}; get them again, or set config.stream.skip_unreadable=True")

@@ -2,8 +2,6 @@
 
 import dataclasses
 import io
-import json
-import pickle
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from bitmixer_jax.data._pickles import read_batch
 from bitmixer_jax.data._specs import Spec, array_shapes
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +96,13 @@ def _read_cifar_python(files: Files, spec: Spec) -> dict[str, np.ndarray]:
     batches = {}
     for batch, count in _batch_counts(spec).items():
         where = f"{files.where}/{batch}"
-        content = _unpickle(files.read(batch), where)
+        content = read_batch(files.read(batch), where)
         try:
-            planes, labels = content[b"data"].to_numpy(), content[b"labels"]
+            planes = content[b"data"].rows(count, int(np.prod(spec.image_shape)))
+            labels = content[b"labels"]
             batches[batch] = _interleave(planes, spec), _as_labels(labels, count, where)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{where} is not a batch of CIFAR-10: {error!r}") from error
-        if len(planes) != count:
-            raise UserError(f"{where}: expected {count} images, found {len(planes)}")
+            raise UserError(f"{where} is not a batch of CIFAR-10: {str(error)[:200]}") from error
     return _from_batches(batches)
 
 
@@ -116,7 +115,7 @@ def _read_cifar_sheets(files: Files, spec: Spec) -> dict[str, np.ndarray]:
     for split in ("train", "test"):
         where = f"{files.where}/{split}_lables.json"
         try:
-            values = json.loads(files.read(f"{split}_lables.json"))
+            values = parse_json(files.read(f"{split}_lables.json"))
         except ValueError as error:
             raise UserError(f"{where} is truncated or not JSON: {error}") from error
         labels[split] = _as_labels(values, spec.counts[split], where)
@@ -125,7 +124,8 @@ def _read_cifar_sheets(files: Files, spec: Spec) -> dict[str, np.ndarray]:
     for batch, count in _batch_counts(spec).items():
         where = f"{files.where}/{batch}.png"
         try:
-            with PIL.Image.open(io.BytesIO(files.read(f"{batch}.png"))) as sheet:
+            content = io.BytesIO(files.read(f"{batch}.png"))
+            with PIL.Image.open(content, formats=("PNG",)) as sheet:
                 if (sheet.mode, sheet.size) != ("RGB", (height * width, count)):
                     raise UserError(
                         f"{where}: expected an RGB sheet of {height * width} x {count} pixels, "
@@ -150,57 +150,6 @@ def _as_labels(values: Any, count: int, where: str) -> np.ndarray:
         found = f"{len(values)} items" if isinstance(values, list) else type(values).__name__
         raise UserError(f"{where}: expected a list of {count} labels in 0..255, found {found}")
     return np.array(values, np.uint8)
-
-
-class _PickledArray:
-    """Stands in for `numpy.ndarray` in a pickle: keeps what the pickle says, runs no numpy code."""
-
-    state: tuple[Any, ...] = ()
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.state = state
-
-    def to_numpy(self) -> np.ndarray:
-        """Returns the array; ValueError or TypeError where it is not one of bytes."""
-        _, shape, dtype, fortran, raw = self.state
-        if not isinstance(dtype, _PickledDtype) or dtype.code not in (b"u1", "u1"):
-            raise ValueError("the array is not of unsigned bytes")
-        return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-class _PickledDtype:
-    """Stands in for `numpy.dtype` in a pickle."""
-
-    def __init__(self, code: Any, *_: Any) -> None:
-        self.code = code
-
-    def __setstate__(self, state: Any) -> None:
-        """Byte order and the like: single bytes have none."""
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Admits the three names that CIFAR-10's batches hold, each as a harmless stand-in."""
-
-    _stand_ins: Mapping[tuple[str, str], Any] = {
-        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
-        ("numpy", "ndarray"): None,
-        ("numpy", "dtype"): _PickledDtype,
-    }
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        try:
-            return self._stand_ins[module_name, global_name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"it wants {module_name}.{global_name}, which no batch of CIFAR-10 needs"
-            ) from None
-
-
-def _unpickle(data: bytes, where: str) -> Any:
-    try:
-        return _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle may raise nearly anything
-        raise UserError(f"{where} is damaged or not a batch of CIFAR-10: {error}") from error
 
 
 # --- MNIST and Fashion-MNIST: four idx files ------------------------------------------------------

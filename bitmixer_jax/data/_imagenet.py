@@ -7,7 +7,8 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from bitmixer_jax.data._encoded import FolderSource, listed, open_folder
+from bitmixer_jax.data._encoded import FolderSource, open_folder
+from bitmixer_jax.data._names import listed
 from bitmixer_jax.errors import UserError
 
 NAME, VERSION = "imagenet2012", "5.1.0"

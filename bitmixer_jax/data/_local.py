@@ -3,53 +3,65 @@
 A local copy is a folder `data_dir/NAME` with one array per file (`train_images.npy`,
 `train_labels.npy`, `test_images.npy`, `test_labels.npy`, all uint8) and `info.json`, which holds
 counts, class names, the training split's mean and standard deviation, the form it was made from,
-and the size and SHA-256 of each file.
+the size and SHA-256 of each file, and the SHA-256 of all that.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from bitmixer_jax.data._dataset import Dataset, channel_stats, kind, slice_split
+from bitmixer_jax.data._dataset import Dataset, channel_stats
+from bitmixer_jax.data._names import one_line
 from bitmixer_jax.data._specs import SPECS, Spec, array_shapes
+from bitmixer_jax.data._splits import parse_split
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import open_file, read_json
 
 _INFO_FORMAT = "bitmixer-dataset"
 _INFO_VERSION = 1
+_INFO_LIMIT = 2**20  # bytes; it has some two thousand
+_DIGEST = "sha256"
 
 
 def load_local(name: str, split: str, data_dir: pathlib.Path) -> Dataset:
-    """Loads a split, or a slice of one, of the local copy `data_dir/name`."""
-    part, start, stop = slice_split(split, SPECS[name].counts)
-    info, arrays = open_local(name, data_dir)
-    labels = np.array(arrays[f"{part}_labels"][start:stop], np.int32)
-    classes = SPECS[name].classes
-    if labels.max() >= len(classes):
-        found = f"expected labels in 0..{len(classes) - 1}, found {labels.max()}"
-        raise damaged(data_dir / name / f"{part}_labels.npy", found)
+    """Loads a split, or a slice of one, of the local copy `data_dir/name`, and checks its files."""
+    spec = SPECS[name]
+    parts = parse_split(split, spec.counts)
+    info, arrays = open_local(name, data_dir, {part.name for part in parts})
+    images = np.concatenate([arrays[f"{p.name}_images"][p.start : p.stop] for p in parts])
+    labels = np.concatenate([arrays[f"{p.name}_labels"][p.start : p.stop] for p in parts])
+    if labels.max() >= len(spec.classes):
+        found = f"expected labels in 0..{len(spec.classes) - 1}, found {labels.max()}"
+        raise damaged(data_dir / name / f"{parts[0].name}_labels.npy", found)
     return Dataset(
         name=name,
         split=split,
-        images=np.array(arrays[f"{part}_images"][start:stop]),
-        labels=labels,
-        classes=classes,
+        images=images,
+        labels=labels.astype(np.int32),
+        classes=spec.classes,
         mean=np.asarray(info["mean"], np.float32),
         std=np.asarray(info["std"], np.float32),
     )
 
 
-def open_local(name: str, data_dir: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Opens a local copy and checks all that can be checked without reading the pixels.
+def open_local(
+    name: str, data_dir: pathlib.Path, splits: Collection[str] = ("train", "test")
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Opens a local copy and checks every byte of some splits, and what describes them.
+
+    A file that this process has checked is read again only if it has changed.
 
     Args:
       name: one of `SPECS`.
       data_dir: the folder which holds the copy as `data_dir/name`.
+      splits: which arrays are wanted.
 
     Returns:
       The content of `info.json`, and the arrays by name, uint8, mapped from their files.
@@ -58,42 +70,116 @@ def open_local(name: str, data_dir: pathlib.Path) -> tuple[dict[str, Any], dict[
       UserError: there is no copy, or it is damaged or incomplete.
     """
     spec, folder = SPECS[name], data_dir / name
-    info_path = folder / "info.json"
-    if not info_path.is_file():
-        raise UserError(
-            f"data set {name} is not prepared, there is no {info_path}: run "
-            f"`bitmixer prepare {name} --source PATH --data_dir {data_dir}` (PATH: {spec.sources})"
-        )
-    shapes = array_shapes(spec)
-    try:
-        info = json.loads(info_path.read_text(encoding="utf-8"))
-        stated = (info["format"], info["version"], info["name"], info["counts"], info["classes"])
-        sizes = {array: info["files"][f"{array}.npy"]["bytes"] for array in shapes}
-        stats = np.asarray([info["mean"], info["std"]], np.float32)
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged(info_path, f"not the JSON it should be ({error!r})") from error
-    wanted = (_INFO_FORMAT, _INFO_VERSION, name, dict(spec.counts), list(spec.classes))
-    if stated != wanted:
-        raise damaged(info_path, f"expected {wanted}, found {stated}")
-    if stats.shape != (2, spec.image_shape[2]) or not (stats[1] > 0).all():
-        raise damaged(
-            info_path, f"mean and std must be {spec.image_shape[2]} numbers each, std > 0"
-        )
-    arrays: dict[str, np.ndarray] = {}
-    for array, shape in shapes.items():
-        path = folder / f"{array}.npy"
+    info = _read_info(name, data_dir)
+    wanted = {*splits} | ({"train"} if _DIGEST not in info else set())
+    arrays = {}
+    for array, shape in array_shapes(spec).items():
+        path, entry = folder / f"{array}.npy", info["files"][f"{array}.npy"]
         if not path.is_file():
             raise damaged(path, "the file is missing")
-        if path.stat().st_size != sizes[array]:
-            raise damaged(path, f"expected {sizes[array]} bytes, found {path.stat().st_size}")
-        try:
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError) as error:
-            raise damaged(path, f"not an .npy file ({error})") from error
-        if mapped.shape != shape or mapped.dtype != np.uint8:
-            raise damaged(path, f"expected uint8 {list(shape)}, found {kind(mapped)}")
-        arrays[array] = mapped
+        if path.stat().st_size != entry["bytes"]:
+            raise damaged(path, f"expected {entry['bytes']} bytes, found {path.stat().st_size}")
+        if array.partition("_")[0] in wanted:
+            arrays[array] = _open_array(path, entry["sha256"], shape)
+    if _DIGEST not in info:  # of an older version: its numbers are compared with the images
+        _check_stats(folder, (tuple(info["mean"]), tuple(info["std"])), arrays["train_images"])
     return info, arrays
+
+
+def _read_info(name: str, data_dir: pathlib.Path) -> dict[str, Any]:
+    """Reads `info.json` and checks all of it that anything depends on."""
+    spec, path = SPECS[name], data_dir / name / "info.json"
+    if not path.is_file():
+        raise UserError(
+            f"data set {name} is not prepared, there is no {path}: run "
+            f"`bitmixer prepare {name} --source PATH --data_dir {data_dir}` (PATH: {spec.sources})"
+        )
+    try:
+        info = read_json(path, _INFO_LIMIT)
+        if not isinstance(info, dict):
+            raise ValueError("not an object")
+        for key, wanted in (
+            ("format", _INFO_FORMAT),
+            ("version", _INFO_VERSION),
+            ("name", name),
+            ("counts", dict(spec.counts)),
+            ("classes", list(spec.classes)),
+        ):
+            if info[key] != wanted:
+                raise damaged(path, f"{key}: expected {wanted}, found {_short(info[key])}")
+        for array in array_shapes(spec):
+            entry = info["files"][f"{array}.npy"]
+            if type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+                raise ValueError(f"{array}: bytes and sha256 are not a number and a text")
+        for key, low, high in (("mean", 0, 255), ("std", 1e-6, 255)):
+            numbers, count = info[key], spec.image_shape[2]
+            if len(numbers) != count or not all(
+                type(x) in (int, float) and low <= x <= high for x in numbers
+            ):
+                raise damaged(path, f"{key} must be {count} numbers, {key} > 0, at most 255")
+        if _DIGEST in info and info[_DIGEST] != _digest(info):
+            raise damaged(
+                path, f"expected {_DIGEST} {_short(info[_DIGEST])}, found {_digest(info)}"
+            )
+    except UserError:
+        raise
+    except Exception as error:  # missing keys, other types, numbers beyond range
+        reason = f"no {error}" if isinstance(error, KeyError) else _short(error)
+        raise damaged(path, f"not the JSON it should be ({reason})") from None
+    return info
+
+
+def _open_array(path: pathlib.Path, sha256: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Maps an array from its file, whose every byte is checked."""
+    try:
+        status = path.stat()
+        found = _known_sha256(path, status.st_ino, status.st_mtime_ns, status.st_size)
+        if found != sha256:
+            raise damaged(path, f"expected sha256 {_short(sha256)}, found {found}")
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except UserError:
+        raise
+    except Exception as error:  # of its header
+        raise damaged(path, f"not an .npy file ({_short(error)})") from None
+    if not isinstance(mapped, np.ndarray) or mapped.shape != shape or mapped.dtype != np.uint8:
+        raise damaged(path, f"expected uint8 {list(shape)}")
+    return mapped
+
+
+@functools.lru_cache(maxsize=64)
+def _known_sha256(path: pathlib.Path, inode: int, changed: int, size: int) -> str:
+    """SHA-256 of a file; what else is given says that it is the file that was read before."""
+    return sha256_file(path)
+
+
+_checked_stats: set[tuple[Any, ...]] = set()
+
+
+def _check_stats(
+    folder: pathlib.Path, stated: tuple[tuple[float, ...], tuple[float, ...]], images: np.ndarray
+) -> None:
+    """Compares stated mean and standard deviation with those of the training images, once."""
+    key = (folder, stated)
+    if key in _checked_stats:
+        return
+    found = channel_stats(images)
+    if not np.allclose(found, stated, rtol=1e-5):
+        told = [values.tolist() for values in found]
+        raise damaged(
+            folder / "info.json", f"mean and std are not those of the images, which are {told}"
+        )
+    _checked_stats.add(key)
+
+
+def _digest(info: Mapping[str, Any]) -> str:
+    """SHA-256 of all else that `info.json` says."""
+    said = {key: value for key, value in info.items() if key != _DIGEST}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _short(value: object) -> str:
+    text = one_line(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def damaged(path: pathlib.Path, what: str) -> UserError:
@@ -145,6 +231,7 @@ def write_local(
         "std": std.tolist(),
         "files": files,
     }
+    info[_DIGEST] = _digest(info)
     with _create(folder / "info.json") as file:
         file.write((json.dumps(info, indent=2) + "\n").encode())
 
@@ -160,5 +247,5 @@ def _create(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 def sha256_file(path: pathlib.Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import io
 import pathlib
 import tarfile
 import zlib
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 from bitmixer_jax.data._forms import FORMS, Files, Form
 from bitmixer_jax.data._specs import Spec
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import open_file, read_bytes
+
+MOST_BYTES = 2**26  # of one published file, unpacked: the largest has 47 million
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +100,7 @@ def _open_folder(
     def read(file: str) -> bytes:
         path = present[file]
         try:
-            return _unzip(path.name, path.read_bytes())
+            return _unzip(path.name, read_bytes(path, MOST_BYTES))
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(
                 f"{path} cannot be read, it is damaged or truncated: {error}"
@@ -112,7 +116,7 @@ def _open_archive(
     digests: dict[str, str] = {}
     try:
         for algorithm in {archive.algorithm for archive in ARCHIVES[name]}:
-            with source.open("rb") as stream:
+            with open_file(source) as stream:
                 digests[algorithm] = hashlib.file_digest(stream, algorithm).hexdigest()
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error}") from error
@@ -129,12 +133,17 @@ def _open_archive(
     form = next(form for form in forms if form.name == known[0].form)
     usual = {file: names[0] for names in form.files for file in names}
     contents: dict[str, bytes] = {}
-    with tarfile.open(source) as tar:
-        for member in tar:
-            file = pathlib.PurePosixPath(member.name).name
-            content = tar.extractfile(member) if file in usual else None
-            if content is not None:
-                contents[usual[file]] = _unzip(file, content.read())
+    try:
+        with open_file(source) as stream, tarfile.open(fileobj=stream) as tar:
+            for member in tar:
+                file = pathlib.PurePosixPath(member.name).name
+                content = tar.extractfile(member) if file in usual else None
+                if content is not None:
+                    if member.size > MOST_BYTES:
+                        raise OSError(f"{file} has {member.size:,} bytes")
+                    contents[usual[file]] = _unzip(file, content.read())
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise UserError(f"{source} cannot be read: {error}") from error
     missing = [names[0] for names in form.files if names[0] not in contents]
     if missing:
         raise UserError(f"{source} lacks {', '.join(missing)}")
@@ -142,5 +151,11 @@ def _open_archive(
 
 
 def _unzip(file: str, data: bytes) -> bytes:
-    """Content of a file which its name may say to be gzipped."""
-    return gzip.decompress(data) if file.endswith(".gz") else data
+    """Content of a file which its name may say to be gzipped. Raises OSError if it is too large."""
+    if not file.endswith(".gz"):
+        return data
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as unzipped:
+        found = unzipped.read(MOST_BYTES + 1)
+    if len(found) > MOST_BYTES:
+        raise OSError(f"it unpacks to more than {MOST_BYTES:,} bytes")
+    return found

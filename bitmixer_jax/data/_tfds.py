@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.data._dataset import Dataset, histogram_stats, histograms, slice_split
+from bitmixer_jax.data._dataset import Dataset, histogram_stats, histograms
 from bitmixer_jax.data._encoded import open_records
+from bitmixer_jax.data._splits import parse_split
 from bitmixer_jax.data.streams import Streamed, StreamSettings
 from bitmixer_jax.errors import UserError
 
@@ -49,14 +50,14 @@ def load_prepared(
     folder = _prepared(name, tfds_name, folders)
     builder = _builder(folder)
     features, splits = builder.info.features, builder.info.splits
-    part, start, stop = slice_split(split, {key: splits[key].num_examples for key in splits})
+    parts = parse_split(split, {key: splits[key].num_examples for key in splits})
     if "train" not in splits:
         raise UserError(
             f"{folder} has no split named train, whose mean and standard deviation normalise the "
             f"images; it has {', '.join(splits)}"
         )
     mean, std = _train_stats(folder)
-    chunks = list(_chunks(folder, part, start, stop))
+    chunks = [chunk for part in parts for chunk in _chunks(folder, *part)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*chunks, strict=True))
     return Dataset(name, split, images, labels, tuple(features["label"].names), mean, std)
 

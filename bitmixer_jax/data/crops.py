@@ -1,20 +1,18 @@
 """From the bytes of an image file to the square crop that a network takes.
 
 Two decoders, measured in experiments/results/decoders: ``pil`` needs nothing but Pillow; ``turbo``
-(simplejpeg and OpenCV's resizing) is faster. What simplejpeg refuses (PNG files named .JPEG, CMYK,
-damaged files), Pillow reads or refuses: both decoders accept the same files. Orientation tags are
-not obeyed, as is the custom for ImageNet.
+(simplejpeg and OpenCV's resizing) is faster. Both read the same files (`decode`).
 """
 
 import functools
 import importlib
-import io
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from bitmixer_jax.data.decode import decode, decode_fast
 from bitmixer_jax.errors import UserError
 
 DECODERS = ("pil", "turbo")
@@ -53,7 +51,11 @@ def centre_box(width: int, height: int, size: int, resize: int) -> Box:
 
 
 def read_crop(
-    data: bytes, box_of: Callable[[int, int], Box], size: int, decoder: str = "pil"
+    data: bytes,
+    box_of: Callable[[int, int], Box],
+    size: int,
+    decoder: str = "pil",
+    obey: bool = True,
 ) -> np.ndarray:
     """Decodes an image file and resizes a part of it: uint8 ``[size, size, 3]``.
 
@@ -61,31 +63,20 @@ def read_crop(
       data: the file; greyscale and CMYK become RGB.
       box_of: gives the part, from the width and height of the image.
       decoder: one of DECODERS.
+      obey: turn the image as its orientation tag says.
 
     Raises:
       Exception: of whatever kind, where the file is damaged or no image.
     """
-    import PIL.Image
-
     if decoder == "turbo":
-        return _resized(_turbo(data), box_of, size)
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        left, upper, width, height = box_of(*image.size)
-        part = (left, upper, left + width, upper + height)
-        bilinear = PIL.Image.Resampling.BILINEAR  # Pillow widens it when shrinking: no aliasing
-        return np.array(image.convert("RGB").resize((size, size), bilinear, box=part))
+        return _resized(decode_fast(data, obey), box_of, size)
+    from PIL.Image import Resampling
 
-
-def _turbo(data: bytes) -> np.ndarray:
-    import PIL.Image
-
-    simplejpeg = importlib.import_module("simplejpeg")
-    try:
-        # Strict: what is merely odd goes to Pillow, too, which decides for both decoders.
-        return simplejpeg.decode_jpeg(data)
-    except ValueError:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            return np.array(image.convert("RGB"))
+    image = decode(data, obey=obey)
+    left, upper, width, height = box_of(*image.size)
+    part = (left, upper, left + width, upper + height)
+    # Pillow widens the filter when shrinking: no aliasing.
+    return np.array(image.resize((size, size), Resampling.BILINEAR, box=part))
 
 
 def _resized(pixels: np.ndarray, box_of: Callable[[int, int], Box], size: int) -> np.ndarray:
@@ -103,11 +94,8 @@ def _opencv() -> Any:
     return cv2
 
 
-def check_decoder(decoder: str) -> None:
-    """Says before the work that a decoder is unknown or not installed. Raises UserError."""
-    if decoder not in DECODERS:
-        allowed = ", ".join(DECODERS)
-        raise UserError(f"config.stream.decoder = {decoder!r}; choose from {allowed}")
+def check_installed(decoder: str) -> None:
+    """Says before the work that a decoder is not installed. Raises UserError."""
     for module, package in _NEEDS.items() if decoder == "turbo" else ():
         try:
             importlib.import_module(module)

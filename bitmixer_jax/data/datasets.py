@@ -7,12 +7,14 @@ import pathlib
 import numpy as np
 
 from bitmixer_jax.data import _tfds
-from bitmixer_jax.data._dataset import Dataset, channel_stats, slice_split
+from bitmixer_jax.data._dataset import Dataset, channel_stats
 from bitmixer_jax.data._encoded import open_folder
 from bitmixer_jax.data._local import load_local
 from bitmixer_jax.data._specs import SPECS
+from bitmixer_jax.data._splits import parse_split
 from bitmixer_jax.data.streams import Streamed, StreamSettings
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import user_path
 
 DATA_DIR_VARIABLE = "BITMIXER_DATA"
 
@@ -43,7 +45,8 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) 
         tensorflow-datasets that `data_dir` holds already prepared as array_record, written
         `tfds:NAME`, `tfds:NAME/CONFIG`, `tfds:NAME:VERSION`, or NAME where it is none of the above.
       split: `train` or `test` (for tensorflow-datasets: any split it has), optionally sliced as
-        there, with counts or per cent: `train[:90%]`, `train[45000:]`, `train[10:20]`.
+        there, with counts or per cent: `train[:90%]`, `train[45000:]`, `train[-10:]`; and sums:
+        `train[:20%]+train[50%:]`, `train+test`.
       data_dir: folder of the data sets; `default_data_dir()` when None (tensorflow-datasets are
         then looked for in their own default folder too).
 
@@ -56,7 +59,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) 
     """
     if name == "digits":
         return _load_digits(split)
-    folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir).expanduser()
+    folder = default_data_dir() if data_dir is None else user_path(data_dir)
     if name in SPECS:
         return load_local(name, split, folder)
     folders = [folder, _tfds.default_dir()] if data_dir is None else [folder]
@@ -97,11 +100,11 @@ def open_split(
     Raises:
       UserError: as `load`; or classes, or files of records, are missing or unreadable.
     """
-    folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir).expanduser()
+    folder = default_data_dir() if data_dir is None else user_path(data_dir)
     folders = [folder, _tfds.default_dir()] if data_dir is None else [folder]
     known_as = _find_imagenet(folder, folders) if name == "imagenet" else name
     if known_as.startswith("folder:"):
-        root = folder / pathlib.Path(known_as.removeprefix("folder:")).expanduser()
+        root = folder / user_path(known_as.removeprefix("folder:"))
         source, classes = open_folder(root, split, stream.skip_unreadable)
         return Streamed(name, split, classes, source, stream, workers)
     if name != "digits" and name not in SPECS:
@@ -149,8 +152,8 @@ def _load_digits(split: str) -> Dataset:
     is_test = np.zeros(len(labels), bool)
     is_test[by_class[::5]] = True
     parts = {"train": order[~is_test[order]], "test": order[is_test[order]]}
-    part, start, stop = slice_split(split, {key: len(rows) for key, rows in parts.items()})
-    rows = parts[part][start:stop]
+    chosen = parse_split(split, {key: len(rows) for key, rows in parts.items()})
+    rows = np.concatenate([parts[part.name][part.start : part.stop] for part in chosen])
     mean, std = channel_stats(images[parts["train"]])
     classes = tuple("0123456789")
     return Dataset("digits", split, images[rows], labels[rows], classes, mean, std)

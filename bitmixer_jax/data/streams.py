@@ -10,15 +10,24 @@ import dataclasses
 import functools
 import gc
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from bitmixer_jax.data._dataset import Dataset
-from bitmixer_jax.data._encoded import Source, listed
+from bitmixer_jax.data._encoded import Source
+from bitmixer_jax.data._names import listed, one_line, reason_of
 from bitmixer_jax.data._workers import number_of, open_iterator
-from bitmixer_jax.data.crops import Box, centre_box, check_decoder, random_box, read_crop
+from bitmixer_jax.data.crops import (
+    DECODERS,
+    Box,
+    centre_box,
+    check_installed,
+    random_box,
+    read_crop,
+)
 from bitmixer_jax.data.order import Order
 from bitmixer_jax.errors import UserError
 
@@ -28,6 +37,9 @@ _log = logging.getLogger(__name__)
 # normalised by them, as a pass over millions of images for their own would change little.
 MEAN = np.asarray((0.485, 0.456, 0.406), np.float32) * 255
 STD = np.asarray((0.229, 0.224, 0.225), np.float32) * 255
+
+ORIENTATIONS = ("auto", "obey", "ignore")
+_IMAGENET = re.compile(r"imagenet|folder:imagenet/?|(tfds:)?imagenet2012(:[\d.]+)?")
 
 _CHUNK = 32  # images that a worker hands over at once: few, so that all share in each batch
 _SPARES = 100  # draws for an image in place of an unreadable one
@@ -46,6 +58,8 @@ class StreamSettings:
       skip_unreadable: go on where images, files of records or whole classes are missing or
         damaged. Training then takes other images in their place, drawn anew for each epoch;
         evaluation leaves them out. Otherwise the first is an error.
+      orientation: whether to turn images as the tags of cameras say: "obey", "ignore", or "auto",
+        which obeys them but for ImageNet, where the custom is to ignore them.
     """
 
     size: int = 224
@@ -53,6 +67,7 @@ class StreamSettings:
     min_area: float = 0.08
     decoder: str = "pil"
     skip_unreadable: bool = False
+    orientation: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises UserError for values that are not allowed."""
@@ -63,6 +78,30 @@ class StreamSettings:
             raise UserError(f"config.stream.resize = {self.resize}; give {least}")
         if not 0 < self.min_area <= 1:
             raise UserError(f"config.stream.min_area = {self.min_area}; give 0 < area <= 1")
+        if self.orientation not in ORIENTATIONS:
+            allowed = ", ".join(ORIENTATIONS)
+            raise UserError(
+                f"config.stream.orientation = {self.orientation!r}; choose from {allowed}"
+            )
+        if self.decoder not in DECODERS:
+            allowed = ", ".join(DECODERS)
+            raise UserError(f"config.stream.decoder = {self.decoder!r}; choose from {allowed}")
+
+    @property
+    def obeys(self) -> bool:
+        """Whether orientation tags are obeyed."""
+        return self.orientation != "ignore"
+
+    def for_dataset(self, name: str) -> StreamSettings:
+        """The settings with what "auto" means for a data set."""
+        if self.orientation != "auto":
+            return self
+        way = "ignore" if _IMAGENET.fullmatch(name) else "obey"
+        return dataclasses.replace(self, orientation=way)
+
+    def check_installed(self) -> None:
+        """Raises UserError where the decoder is not installed."""
+        check_installed(self.decoder)
 
 
 class Pass(Protocol):
@@ -165,7 +204,9 @@ class Streamed:
 
     def __post_init__(self) -> None:
         """Raises UserError where the decoder is not installed."""
-        check_decoder(self.settings.decoder)
+        self.settings.check_installed()
+        # What is read must not depend on a name that `dataclasses.replace` may change.
+        object.__setattr__(self, "settings", self.settings.for_dataset(self.name))
 
     @property
     def num_classes(self) -> int:
@@ -270,7 +311,8 @@ class _Chunks:
         """One crop and its label."""
         data, label = self.source.read(row)
         box, mirrored = self.way.view(step, row)
-        crop = read_crop(data, box, self.settings.size, self.settings.decoder)
+        s = self.settings
+        crop = read_crop(data, box, s.size, s.decoder, s.obeys)
         return (crop[:, ::-1] if mirrored else crop), label
 
 
@@ -350,7 +392,7 @@ class Loader:
                     images[i], labels[i] = self._chunks.load(self._step, row)
                     break
                 except Exception as error:
-                    lost[self._data.source.name(row)] = _reason(error)
+                    lost[self._data.source.name(row)] = reason_of(error)
                 row = self._way.instead(self._step, int(rows[i]), attempt)
                 if row is None or not self._data.settings.skip_unreadable:
                     break
@@ -363,18 +405,9 @@ class Loader:
             )
         for name, reason in lost.items():
             if name not in self.unreadable and len(self.unreadable) < _SHOWN:
-                _log.warning("unreadable image left out: %s (%s)", name, reason)
+                _log.warning("unreadable image left out: %s (%s)", one_line(name), reason)
             self.unreadable[name] = reason
 
 
 def _told(lost: dict[str, str]) -> str:
     return listed([f"{name} ({reason})" for name, reason in lost.items()])
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).splitlines() or [type(error).__name__]
-    if lines[0].startswith("cannot identify image file"):  # it goes on with an address in memory
-        return "not an image"
-    return lines[0][:200]

@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from bitmixer_jax import data as datasets
 from bitmixer_jax.bits import closest, save_policy
 from bitmixer_jax.cost import Cost, activation_peak, costs
 from bitmixer_jax.data import Dataset, Streamed
-from bitmixer_jax.data._dataset import slice_split
+from bitmixer_jax.data._splits import ALL, complement, overlap, parse_split, split_names
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
 from bitmixer_jax.files import check_folder, check_free, hold, user_path
@@ -147,26 +147,37 @@ class Trained:
 
     def _left_out(self) -> str:
         """What training left out, if that is anything and not test data; else what it saw."""
-        rest = left_out(self.run.train_split)
+        train = self.run.train_split
+        names = split_names(train)
+        if "+" in train and ALL not in names:
+            rest = complement(train, self._counts(names)) or None
+        else:
+            rest = left_out(train)
         if rest is not None:
             try:
                 self.run.load(rest, self.data_dir)
             except UserError:  # training left nothing
                 rest = None
-        return self.run.train_split if rest is None or self._is_test(rest) else rest
+        return train if rest is None or self._is_test(rest) else rest
 
     def _is_test(self, split: str) -> bool:
         """Whether a split has images of the test data."""
-        part, train, test = (
-            text.partition("[")[0] for text in (split, self.run.train_split, self.run.test_split)
+        names, train, test = (
+            {*split_names(text)} for text in (split, self.run.train_split, self.run.test_split)
         )
-        if part != test or part != train:
-            return part == test
-        count = len(self.run.load(part, self.data_dir))
-        (_, start, stop), (_, first, last) = (
-            slice_split(text, {part: count}) for text in (split, self.run.test_split)
-        )
-        return start < last and first < stop
+        if ALL in names | test:
+            return True
+        shared = names & test
+        if shared - train and ALL not in train:
+            return True
+        if not shared:
+            return False
+        counts = self._counts(names | test)
+        return overlap(parse_split(split, counts), parse_split(self.run.test_split, counts))
+
+    def _counts(self, names: Iterable[str]) -> dict[str, int]:
+        """How many images each of these splits has."""
+        return {name: len(self.run.load(name, self.data_dir)) for name in names}
 
     def _subset(self, data: Dataset | Streamed) -> Dataset:
         number = min(self.settings.images, len(data))
@@ -243,12 +254,13 @@ class Trained:
 
 
 def left_out(split: str) -> str | None:
-    """What a training split leaves of its data: "train[45000:]" of "train[:45000]"; else None."""
-    match = re.fullmatch(r"(\w+)\[(?:(\d+%?):|:(\d+%?))\]", split)
-    if not match:
+    """What a training split of one part leaves: "train[45000:]" of "train[:45000]"; else None."""
+    match = re.fullmatch(r"([\w-]+)\[(-?[\d_.]+%?)?:(-?[\d_.]+%?)?\]", split)
+    if not match or not (match[2] or match[3]):
         return None
     name, start, stop = match.groups()
-    return f"{name}[:{start}]" if start else f"{name}[{stop}:]"
+    rest = [f"{name}[:{start}]"] * (start is not None) + [f"{name}[{stop}:]"] * (stop is not None)
+    return "+".join(rest)
 
 
 def search_workdir(

@@ -190,7 +190,7 @@ class Run:
         if self.data_info is None:
             return data
         where = f"data set {self.dataset}"
-        check_classes(data.classes, self.data_info["classes"], where)
+        datasets.require_classes(data.classes, self.data_info["classes"], where)
         shape = tuple(self.data_info["image_shape"])
         if data.image_shape != shape:
             raise UserError(
@@ -308,32 +308,6 @@ def _check_run(run: Run) -> None:
         raise UserError(f"config.label_smoothing = {run.label_smoothing}; give 0 <= s < 1")
     # Unknown models and settings should not wait for the data.
     run.build(2, (32, 32, 3)).groups(run.selection)  # type: ignore[arg-type]
-
-
-def check_classes(found: Sequence[str], expected: Sequence[str], where: str) -> None:
-    """Checks that data have the classes that a network was trained on, in the same order.
-
-    Raises:
-      UserError: they differ; the message names the difference.
-    """
-    if list(found) == list(expected):
-        return
-    added = [name for name in found if name not in set(expected)]
-    missing = [name for name in expected if name not in set(found)]
-    both = (("new", added), ("missing", missing))
-    said = [f"{word} {_few(names)}" for word, names in both if names]
-    if not said:
-        place = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
-        said = [f"other order: class {place} is {found[place]!r}, it was {expected[place]!r}"]
-    raise UserError(
-        f"{where}: its classes are not those of the training: {'; '.join(said)}. Give the data "
-        "of the training, or train a network for these classes"
-    )
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(repr, names[:5])) + more
 
 
 def to_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitmixer_jax.data import Dataset, Streamed
+from bitmixer_jax.data import Dataset, Streamed, require_classes
 from bitmixer_jax.devices import replicate
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, NeverVisited, evaluate
@@ -25,7 +25,7 @@ from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training import hosts
 from bitmixer_jax.training.checkpoints import Checkpoints, check_path
 from bitmixer_jax.training.claims import LOCK_FILE, claim, parse_source, read_config
-from bitmixer_jax.training.config import Run, check_classes
+from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.feed import check_streamed, make_feed
 from bitmixer_jax.training.metrics import Bar, Metrics
 from bitmixer_jax.training.plan import Plan, as_of, initial_state, load_weights, make_plan
@@ -417,7 +417,7 @@ def _check_teacher(source: str, classes: Sequence[str]) -> None:
     folder, _ = parse_source(source)
     info = read_config(folder).get("made_for")
     if isinstance(info, Mapping) and isinstance(info.get("classes"), list):
-        check_classes(classes, info["classes"], f"config.teacher = {source}: the data")
+        require_classes(classes, info["classes"], f"config.teacher = {source}: the data")
 
 
 def describe(result: Mapping[str, Any]) -> str:

@@ -68,9 +68,10 @@ def test_slices(split: str, start: int, stop: int) -> None:
 @pytest.mark.parametrize(
     "split",
     [
-        *("", " train", "Train", "validation", "train+test", "train\n"),
-        *("train[", "train[10]", "train[::2]", "train[-10:]", "train[a:b]", "train[:1.5%]"),
-        *("train[:90%]x", "train[1 :2]"),
+        *("", " train", "Train", "validation", "train+", "+test", "train++test", "train\n"),
+        *("train[", "train[10]", "train[::2]", "train[--1:]", "train[a:b]", "train[:1.5]"),
+        *("train[:90%]x", "train[1 :2]", "train[:1__0]", "train[:_1]", "train[:\u0661]"),
+        *("train[:2shard]", "all[:10]", "train[:" + "9" * 5000 + "]", "train+" * 5000 + "test"),
     ],
 )
 def test_splits_that_cannot_be_read(split: str) -> None:

@@ -18,7 +18,6 @@ from bitmixer_jax.runs import evaluate_workdir
 from bitmixer_jax.training import load_trained, train
 from bitmixer_jax.training.checkpoints import Checkpoints
 from bitmixer_jax.training.claims import LOCK_FILE
-from bitmixer_jax.training.config import check_classes
 
 CONFIG = pathlib.Path(__file__).parents[1] / "tiny_config.py"
 
@@ -42,20 +41,6 @@ def run_command(words, **changes):
 # Classes.
 
 
-@pytest.mark.parametrize(
-    ("found", "said"),
-    [
-        (["a", "b", "c", "d"], "new 'd'"),
-        (["a", "c"], "missing 'b'"),
-        (["a", "x", "c"], "new 'x'; missing 'b'"),
-        (["b", "a", "c"], "class 0 is 'b', it was 'a'"),
-    ],
-)
-def test_a_change_of_classes_is_named(found, said):
-    with pytest.raises(UserError, match=said):
-        check_classes(found, ["a", "b", "c"], "data")
-
-
 def test_data_of_other_classes_are_not_evaluated(trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
@@ -63,7 +48,7 @@ def test_data_of_other_classes_are_not_evaluated(trained, tmp_path):
     names = config["made_for"]["classes"]
     names[2], names[3] = names[3], names[2]
     (workdir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="class 2 is '2', it was '3'"):
+    with pytest.raises(UserError, match="class 2 is 2, in the network 3"):
         evaluate_workdir(str(workdir))
     run, _, _ = load_trained(workdir)
     with pytest.raises(UserError, match="classes"):
@@ -89,7 +74,7 @@ def test_a_renamed_folder_of_classes_is_named(tmp_path):
     assert "float" in evaluate_workdir(str(tmp_path / "run"))
     for split in ("train", "val"):
         (tmp_path / "data" / split / "cat").rename(tmp_path / "data" / split / "zebra")
-    with pytest.raises(UserError, match="new 'zebra'; missing 'cat'"):
+    with pytest.raises(UserError, match=r"does not know \(zebra\); 1 are missing \(cat\)"):
         evaluate_workdir(str(tmp_path / "run"))
 
 

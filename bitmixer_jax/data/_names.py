@@ -1,0 +1,61 @@
+"""Names of files and classes in messages: short lists, on one line."""
+
+import re
+from collections.abc import Sequence
+
+from bitmixer_jax.errors import UserError
+
+_NAMED = 10  # names in a message: enough to see what they have in common
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+
+
+def one_line(text: object) -> str:
+    """A text with its line breaks and other control characters escaped."""
+    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], str(text))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a message, cut short where there are many."""
+    more = len(names) - _NAMED
+    return one_line(", ".join(names[:_NAMED])) + f", and {more} more" * (more > 0)
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be read, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).splitlines() or [type(error).__name__]
+    if lines[0].startswith("cannot identify image file"):  # it goes on with an address in memory
+        return "not an image: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM are read"
+    return one_line(lines[0])[:200]
+
+
+def require_classes(found: Sequence[str], expected: Sequence[str], where: str) -> None:
+    """Checks that a data set has the classes that a network was trained on, in their order.
+
+    Args:
+      found: names of the classes of the data.
+      expected: names of the classes of the network.
+      where: what to call the data in the message.
+
+    Raises:
+      UserError: classes were added, renamed, removed, or are in another order.
+    """
+    if list(found) == list(expected):
+        return
+    new = [name for name in found if name not in set(expected)]
+    gone = [name for name in expected if name not in set(found)]
+    if new or gone:
+        told = [f"{len(new)} that it does not know ({listed(new)})"] * bool(new)
+        told += [f"{len(gone)} are missing ({listed(gone)})"] * bool(gone)
+        what = f"has other classes than the network: {'; '.join(told)}"
+    elif len(found) != len(expected):
+        what = f"has {len(found)} classes, some of them twice; the network has {len(expected)}"
+    else:
+        pairs = list(zip(found, expected, strict=True))
+        place = next(i for i, (one, other) in enumerate(pairs) if one != other)
+        what = (
+            f"has the classes of the network in another order: class {place} is "
+            f"{one_line(found[place])}, in the network {one_line(expected[place])}"
+        )
+    raise UserError(f"{where}: {what}; give the data of the training, or train again")
