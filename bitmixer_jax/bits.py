@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.files import write_new
+from bitmixer_jax.files import user_path, write_new
+from bitmixer_jax.json_files import read_document, shown
 
 POLICY_FORMAT = "bitmixer-policy"
 POLICY_VERSION = 1
@@ -83,16 +84,19 @@ class BitSpace:
     def check(self, widths: Any, num_layers: int | None = None) -> np.ndarray:
         """Returns ``widths`` as an int32 ``[L]`` array (or ``[M, L]``: M policies), or raises.
 
+        Args:
+          widths: whole numbers of Python, numpy, JAX or PyTorch.
+
         Raises:
           UserError: not whole numbers, the wrong length, or a width outside ``choices``.
         """
         try:
             policy = np.asarray(widths)
-        except ValueError:  # rows of different lengths
+        except (ValueError, RuntimeError):  # rows of different lengths; what torch cannot give
             policy = np.zeros(0)
         if policy.ndim not in (1, 2) or not np.issubdtype(policy.dtype, np.integer):
             raise UserError(
-                f"policy: got {widths!r}; give one whole number of bits per layer, "
+                f"policy: got {shown(widths)}; give one whole number of bits per layer, "
                 f"from {self.choices}"
             )
         if num_layers is not None and policy.shape[-1] != num_layers:
@@ -277,23 +281,10 @@ def load_policy(path: str | pathlib.Path, names: Sequence[str], space: BitSpace)
       UserError: the file is missing, not a policy file, damaged, or made for other layers or
         choices.
     """
-    path = pathlib.Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such policy file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a policy file ({error})") from None
-    if not isinstance(content, Mapping) or content.get("format") != POLICY_FORMAT:
-        raise UserError(f'{path}: not a policy file ("format" must be "{POLICY_FORMAT}")')
-    if content.get("version") != POLICY_VERSION:
-        raise UserError(
-            f"{path}: policy version {content.get('version')!r}; "
-            f"this library reads {POLICY_VERSION}"
-        )
+    path, content = read_document(path, "policy", POLICY_FORMAT, POLICY_VERSION)
     if content.get("choices") != list(space.choices):
         raise UserError(
-            f"{path}: made for widths {content.get('choices')}; "
+            f"{path}: made for widths {shown(content.get('choices'))}; "
             f"this network has {list(space.choices)}"
         )
     layers = content.get("layers")
@@ -301,7 +292,7 @@ def load_policy(path: str | pathlib.Path, names: Sequence[str], space: BitSpace)
         raise UserError(f'{path}: "layers" must map each layer name to its width')
     for name in layers:
         if name not in names:
-            raise UserError(f"{path}: unknown layer {name!r}{closest(name, names)}")
+            raise UserError(f"{path}: unknown layer {shown(name)}{closest(name, names)}")
     missing = [name for name in names if name not in layers]
     if missing:
         raise UserError(f"{path}: no width for layer {missing[0]!r} ({len(missing)} missing)")
@@ -391,8 +382,8 @@ def parse_policy(text: str, names: Sequence[str], space: BitSpace) -> np.ndarray
             widths *= len(names)
         return space.check(widths, len(names))
     try:
-        found = pathlib.Path(text).exists()
-    except OSError:  # too long for a path
+        found = user_path(text).exists()
+    except (OSError, UserError):  # too long for a path, or none
         found = False
     if not found:
         raise UserError(

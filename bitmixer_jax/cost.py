@@ -9,7 +9,6 @@ searches leave them out, and `Cost.ends` says what they add.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import numpy as np
 
 from bitmixer_jax.bits import closest
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.json_files import read_document, shown
 from bitmixer_jax.models import Network
 
 LATENCY_FORMAT = "bitmixer-latency"
@@ -165,26 +165,13 @@ def load_latency(path: str | pathlib.Path, model: Network) -> Cost:
     Raises:
       UserError: no such file, not a latency file, or layers, widths or numbers that do not fit.
     """
-    path = pathlib.Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such latency file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a latency file ({error})") from None
-    if not isinstance(content, Mapping) or content.get("format") != LATENCY_FORMAT:
-        raise UserError(f'{path}: not a latency file ("format" must be "{LATENCY_FORMAT}")')
-    if content.get("version") != LATENCY_VERSION:
-        raise UserError(
-            f"{path}: latency version {content.get('version')!r}; "
-            f"this library reads {LATENCY_VERSION}"
-        )
+    path, content = read_document(path, "latency", LATENCY_FORMAT, LATENCY_VERSION)
     layers = content.get("layers")
     if not isinstance(layers, Mapping):
         raise UserError(f'{path}: "layers" must map each layer name to its seconds by width')
     for name in layers:
         if name not in model.names:
-            raise UserError(f"{path}: unknown layer {name!r}{closest(name, model.names)}")
+            raise UserError(f"{path}: unknown layer {shown(name)}{closest(name, model.names)}")
     rows = []
     for name in model.names:
         times = layers.get(name)
@@ -206,7 +193,7 @@ def load_latency(path: str | pathlib.Path, model: Network) -> Cost:
 
 def _seconds(path: pathlib.Path, name: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value < 1e9:
-        raise UserError(f"{path}: {name}: {value!r} is not a number of seconds")
+        raise UserError(f"{path}: {name}: {shown(value)} is not a number of seconds")
     return float(value)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import write_new
+from bitmixer_jax.json_files import read_document
 
 FRONT_FORMAT = "bitmixer-front"
 FRONT_VERSION = 1
@@ -114,19 +115,7 @@ def load_front(
     Raises:
       UserError: the file is missing, not a front, empty, damaged, or of another network.
     """
-    path = pathlib.Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such front file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a front file ({error})") from None
-    if not isinstance(content, Mapping) or content.get("format") != FRONT_FORMAT:
-        raise UserError(f'{path}: not a front file ("format" must be "{FRONT_FORMAT}")')
-    if content.get("version") != FRONT_VERSION:
-        raise UserError(
-            f"{path}: front version {content.get('version')!r}; this library reads {FRONT_VERSION}"
-        )
+    path, content = read_document(path, "front", FRONT_FORMAT, FRONT_VERSION)
     for key, mine in (("choices", list(space.choices)), ("layers", list(names))):
         if content.get(key) != mine:
             raise UserError(f"{path}: a front of another network: its {key} differ")

@@ -15,6 +15,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.deployed import Deployed
 from bitmixer_jax.export.integer import run_integer
 from bitmixer_jax.export.packed import load_packed
+from bitmixer_jax.files import user_path
 from bitmixer_jax.models import Network
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
@@ -129,10 +130,15 @@ def load(source: str | pathlib.Path) -> Runnable:
     Raises:
       UserError: neither is there, or it is damaged, or a float twin.
     """
-    if pathlib.Path(source).is_file():
-        return of_deployed(load_packed(source))
-    folder, _ = parse_source(source)
-    if not folder.exists():
+    source = user_path(source)
+    try:
+        if source.exists() and not source.is_dir():
+            return of_deployed(load_packed(source))
+        folder, _ = parse_source(source)
+        there = folder.exists()
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None
+    if not there:
         raise UserError(f"{source}: no such workdir or packed file")
     run, model, variables = load_trained(source)
     about = run.data_info

@@ -5,7 +5,8 @@
     runtime.set_policy(2)  # from the next call on
     logits = runtime.predict(images, policy=[4, 3, 2, 2, 3, 4])  # this call alone
 
-Switching takes microseconds: it compiles nothing, moves no weights, and threads may do it.
+Switching takes microseconds: it compiles nothing, moves no weights, and threads may do it. A
+Runtime that was loaded can be pickled and copied: the copy loads the same source again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import os
 import pathlib
 import threading
 from collections.abc import Callable
@@ -24,6 +26,8 @@ import numpy as np
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.data import normalize
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import user_path
+from bitmixer_jax.inputs import check_images, check_policy
 from bitmixer_jax.runnable import Runnable, load
 
 
@@ -79,6 +83,7 @@ class Runtime:
         self.image_shape = runnable.image_shape
         self.network = runnable.network
         self.batch_size = batch_size
+        self._source: str | None = None  # where `load` found it
         self.traces = 0
         self._weights = jax.device_put(runnable.weights, jax.local_devices()[0])
         self._read_policy = _policy_reader(runnable)
@@ -103,7 +108,26 @@ class Runtime:
         Raises:
           UserError: no trained network there, a damaged file, or a float twin.
         """
-        return cls(load(source), batch_size=batch_size, specialized=specialized)
+        source = os.path.abspath(user_path(source))  # for another process, in another folder
+        found = cls(load(source), batch_size=batch_size, specialized=specialized)
+        found._source = source
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Says how `pickle` and `copy` make another: they load its source again.
+
+        The policy in force goes along; programmes of their own (`specialize`) do not.
+
+        Raises:
+          TypeError: it was made from a network in memory.
+        """
+        if self._source is None:
+            raise TypeError(
+                "a Runtime of a network in memory can be neither pickled nor copied: save the "
+                "network, and use Runtime.load(source), in each process or to pickle it"
+            )
+        settings = (self.batch_size, self._most_specialized)
+        return _again, (type(self), self._source, *settings, self.network, self._current.key)
 
     @property
     def policy(self) -> np.ndarray:
@@ -145,7 +169,7 @@ class Runtime:
         Raises:
           UserError: images or policy do not fit, or the logits are not finite.
         """
-        images = self._check_images(images)
+        images = check_images(images, self.image_shape)
         chosen = self._current if policy is None else self._as_policy(policy)
         if not chosen.known:
             raise self._unknown_pairs(chosen)
@@ -215,14 +239,8 @@ class Runtime:
 
     def _as_policy(self, policy: Any) -> _Policy:
         """Checks the widths; of pairs that training never visited it takes note alone."""
-        if _is_whole(policy):
-            policy = (policy,) * len(self.names)
         if not (isinstance(policy, np.ndarray) and policy.dtype == np.int32 and policy.ndim == 1):
-            policy = self.space.check(policy, len(self.names))
-            if policy.ndim != 1:
-                raise UserError(
-                    f"policy: got {len(policy)} policies; give one, a width for each layer"
-                )
+            policy = check_policy(policy, self.space, len(self.names))
         return self._read_policy(policy.tobytes())
 
     def _checked(self, policy: Any) -> _Policy:
@@ -240,16 +258,6 @@ class Runtime:
             "are unknown; take another policy, train for longer, or recalibrate (pairs.recalibrate)"
         )
 
-    def _check_images(self, images: Any) -> np.ndarray:
-        wanted = f"give uint8 (N, {', '.join(map(str, self.image_shape))}), N at least 1"
-        try:
-            given = np.asarray(images)
-        except ValueError:
-            raise UserError(f"images: of different shapes; {wanted}") from None
-        if given.dtype != np.uint8 or given.shape[1:] != self.image_shape or not len(given):
-            raise UserError(f"images: got {given.dtype} {given.shape}; {wanted}")
-        return given
-
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -265,3 +273,26 @@ def _policy_reader(run: Runnable) -> Callable[[bytes], _Policy]:
         return _Policy(policy, tuple(policy.tolist()), not run.unvisited(policy))
 
     return read
+
+
+def _again(
+    kind: type[Runtime],
+    source: str,
+    batch_size: int,
+    specialized: int,
+    network: str,
+    policy: tuple[int, ...],
+) -> Runtime:
+    """Loads a Runtime that was pickled or copied.
+
+    Raises:
+      UserError: as `Runtime.load`, or its source holds other weights by now.
+    """
+    found = kind.load(source, batch_size=batch_size, specialized=specialized)
+    if found.network != network:
+        raise UserError(
+            f"{source}: holds other weights than the Runtime that was pickled or copied; load it "
+            "anew with Runtime.load"
+        )
+    found._current = found._as_policy(policy)
+    return found

@@ -1,1 +1,1 @@
-"""Exports of a trained network to other software, and what runs them."""
+"""Exports: a trained network for other engines, checked in them (import the module you need)."""

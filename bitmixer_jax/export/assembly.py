@@ -69,7 +69,7 @@ class Assembly:
     def build(self) -> Deployed:
         """The network. Raises UserError where something does not fit."""
         read, about = self._read, self._description
-        image_shape = read.shape(read.field(about, "image_shape", list), "image_shape")
+        image_shape = read.image_shape(about.get("image_shape"))
         stem_info = read.kernel(about.get("stem"), image_shape)
         rows = read.field(about, "layers", list)
         if not 1 <= len(rows) <= 100_000:
@@ -86,7 +86,7 @@ class Assembly:
         layers = tuple(self._layer(info, norm == "transitional") for info in infos)
         stem, head = self._ends(stem_info, image_shape, features, len(classes), ends == "float")
         for name, array in self._arrays.items():
-            if self._taken.get(name, 0) != len(array) and not name.startswith("plane."):
+            if not name.startswith("plane.") and array.shape[:1] != (self._taken.get(name),):
                 read.fail(f"{name} is longer than its layers need")
         channels = image_shape[2]
         deployed = Deployed(
@@ -110,11 +110,7 @@ class Assembly:
 
     def _numbers(self, key: str, count: int) -> np.ndarray:
         values = self._description.get(key)
-        if type(values) is not list or len(values) != count:
-            self._read.fail(f"{key} is not a list of {count} numbers")
-        if not all(type(v) in (int, float) and math.isfinite(v) for v in values):
-            self._read.fail(f"{key} is not finite")
-        return np.asarray(values, np.float32)
+        return np.asarray(self._read.numbers(values, count, key), np.float32)
 
     def _layer(self, info: LayerInfo, transitional: bool) -> Layer:
         n = self._whole.n

@@ -6,6 +6,7 @@ one line and not in a wrong network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ from bitmixer_jax.models.graph import OPS, Node
 from bitmixer_jax.quantizers import KINDS
 
 _MOST_VALUES = 2**28  # of one activation tensor for one image; ImageNet networks need 2^20
+_MOST_PIXELS = 2**26  # numbers in one image; ImageNet networks need 2^18
+_LARGEST = 3e38  # of a float32
 Shape = tuple[int, int, int]
 
 
@@ -109,14 +112,22 @@ class Reader:
             self.fail(f"{what} is not a list of {count} numbers")
         return tuple(self.whole(v, low, high, what) for v in value)
 
+    def numbers(self, value: Any, count: int, what: str) -> tuple[float, ...]:
+        """A list of ``count`` finite numbers, within what float32 holds."""
+        if type(value) is not list or len(value) != count:
+            self.fail(f"{what} is not a list of {count} numbers")
+        if not all(type(v) in (int, float) and abs(v) < _LARGEST for v in value):
+            self.fail(f"{what} is not finite")
+        return tuple(float(v) for v in value)
+
     def text(self, value: Any, what: str) -> str:
-        """A short text."""
-        if type(value) is not str or len(value) > 1000:
+        """A short text that can be printed."""
+        if type(value) is not str or len(value) > 1000 or not _encodes(value):
             self.fail(f"{what} is not a text")
         return value
 
     def text_of(self, tree: Any, key: str) -> str:
-        """A text of any length under a key."""
+        """A text of any length under a key. Raises UserError."""
         value: str = self.field(tree, key, str)
         return value
 
@@ -147,6 +158,13 @@ class Reader:
         if height * width * channels > _MOST_VALUES:
             self.fail(f"{what} is too large")
         return height, width, channels
+
+    def image_shape(self, value: Any) -> Shape:
+        """``(H, W, C)`` of the images that a network takes."""
+        found = self.shape(value, "image_shape")
+        if math.prod(found) > _MOST_PIXELS:
+            self.fail("image_shape is too large")
+        return found
 
     def kernel(self, value: Any, entry: Shape) -> KernelInfo:
         """A kernel that reads a tensor of shape ``entry``."""
@@ -267,3 +285,12 @@ class Reader:
         if node.op == "head" and entry[2] != features:
             self.fail("the head does not fit its input")
         return [entry]
+
+
+def _encodes(text: str) -> bool:
+    """Whether a text is of whole characters: JSON can hold halves of them, which cannot be kept."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -11,10 +11,9 @@ import numpy as np
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.deployed import Deployed, FloatStem
 from bitmixer_jax.export.description import describe
+from bitmixer_jax.export.onnx_seal import FORMAT, VERSION
 from bitmixer_jax.layer_table import KernelInfo
 from bitmixer_jax.models.graph import Node, walk
-
-FORMAT, VERSION = "bitmixer-onnx", 1
 
 
 def need_onnx() -> Any:

@@ -25,6 +25,7 @@ from bitmixer_jax.export.onnx_builder import (
     oihw,
     real_ops,
 )
+from bitmixer_jax.export.onnx_seal import add_seal, seal
 from bitmixer_jax.files import write_new
 from bitmixer_jax.models.graph import Node
 from bitmixer_jax.quantizers import bounds
@@ -216,11 +217,14 @@ def switchable_model(deployed: Deployed) -> Any:
 
 
 def save_onnx(path: str | pathlib.Path, model: Any, *, overwrite: bool = False) -> None:
-    """Checks a model and writes it.
+    """Checks a model and writes it, with the checksum of the file in its metadata.
 
     Raises:
       UserError: the file is there already, or cannot be written.
     """
     onnx = need_onnx()
     onnx.checker.check_model(model, full_check=True)
-    write_new(path, model.SerializeToString(deterministic=True), overwrite=overwrite)
+    sealed = onnx.ModelProto()
+    sealed.CopyFrom(model)
+    add_seal(sealed)
+    write_new(path, seal(sealed.SerializeToString(deterministic=True)), overwrite=overwrite)

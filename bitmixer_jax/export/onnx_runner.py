@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.onnx_builder import FORMAT
+from bitmixer_jax.export.description import Reader, Shape
+from bitmixer_jax.export.onnx_seal import FORMAT, KEY, VERSION, is_whole
+from bitmixer_jax.files import parse_json, read_bytes, user_path
+from bitmixer_jax.inputs import check_images, check_policy
 
 OPTIMIZATION = ("off", "basic", "default")
+_MOST_BYTES = 2**31  # of a protobuf message
+# What files of version 1 say, and no more: a newer file whose checksum is damaged is none of them.
+_OLD_KEYS = {
+    *("format", "version", "form", "choices", "layers", "policy", "classes", "image_shape"),
+    *("normalisation", "mean", "std", "network"),
+}
 
 
 class OnnxRunner:
@@ -28,7 +38,10 @@ class OnnxRunner:
     """
 
     def __init__(self, path: str | pathlib.Path, optimization: str = "default", threads: int = 0):
-        """Loads the file.
+        """Checks the file and loads it.
+
+        The checksum of the whole file is checked before onnxruntime reads it. A file from before
+        checksums is read, and a line of the log says so.
 
         Args:
           optimization: of onnxruntime: "off", "basic" or "default".
@@ -45,49 +58,123 @@ class OnnxRunner:
                 "onnxruntime is not installed: pip install 'bitmixer_jax[onnx]'"
             ) from None
         level = onnxruntime.GraphOptimizationLevel
+        levels = dict(zip(OPTIMIZATION, _levels(level), strict=True))
+        if optimization not in levels:
+            raise UserError(f"optimization {optimization!r}: one of {', '.join(OPTIMIZATION)}")
         options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = dict(
-            off=level.ORT_DISABLE_ALL, basic=level.ORT_ENABLE_BASIC, default=level.ORT_ENABLE_ALL
-        )[optimization]
+        options.graph_optimization_level = levels[optimization]
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors: they are raised, too
+        path = user_path(path)
         try:
-            content = pathlib.Path(path).read_bytes()
+            content = read_bytes(path, _MOST_BYTES)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        whole = is_whole(content)
+        if whole is False:
+            raise UserError(
+                f"{path}: its checksum differs: the file is damaged, or was changed after its "
+                "export; export it again"
+            )
         try:
             self._session = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
             )
             about = self._session.get_modelmeta().custom_metadata_map
-            if about.get("format") != FORMAT:
-                raise ValueError("its metadata is not that of bitmixer")
-            height, width, channels = json.loads(about["image_shape"])
-            self.image_shape: tuple[int, int, int] = (height, width, channels)
-            self.space = BitSpace(tuple(json.loads(about["choices"])))
-            self.names: tuple[str, ...] = tuple(json.loads(about["layers"]))
-            self.classes: tuple[str, ...] = tuple(json.loads(about["classes"]))
-            widths = json.loads(about["policy"])
-        except Exception as error:  # whatever onnxruntime and JSON make of it
+        except Exception as error:  # whatever onnxruntime makes of it
             line = str(error).partition("\n")[0]
             raise UserError(f"{path}: not an ONNX export, or damaged ({line})") from None
+        if about.get("format") != FORMAT:
+            raise UserError(f"{path}: not an ONNX export: its metadata is not that of bitmixer")
+        self._read(Reader(str(path)), about, sealed=whole is not None)
+        if whole is None:
+            logging.getLogger(__name__).warning(
+                "%s: has no checksum, so damage may go unnoticed; export it again", path
+            )
+
+    def _read(self, read: Reader, about: Mapping[str, str], sealed: bool) -> None:
+        """Reads the metadata and checks them against the inputs and outputs of the graph."""
+        if sealed != (about.get("version") == str(VERSION)):
+            read.fail("its version and its checksum do not go together")
+        if set(about) != _OLD_KEYS | ({KEY} if sealed else set()):
+            read.fail("its metadata has other entries than an export")
+
+        def of(key: str) -> Any:
+            try:
+                return parse_json(about[key])
+            except ValueError:
+                read.fail(f"{key} in its metadata is not JSON")
+
+        self.image_shape: Shape = read.image_shape(of("image_shape"))
+        self.space: BitSpace = read.space(of("choices"))
+        self.names: tuple[str, ...] = read.texts(of("layers"), "layers")
+        self.classes: tuple[str, ...] = read.texts(of("classes"), "classes")
+        for key in ("mean", "std"):
+            read.numbers(of(key), self.image_shape[2], key)
+        if not self.names or not self.classes or len(set(self.names)) != len(self.names):
+            read.fail("its layers or classes are none, or two of one name")
+        widths = of("policy")
         self.switchable = widths is None
-        self.policy = None if widths is None else self.space.check(widths, len(self.names))
+        self.policy: np.ndarray | None = None
+        if widths is not None:
+            given = read.wholes(widths, len(self.names), 2, 8, "policy")
+            if not set(given) <= set(self.space.choices):
+                read.fail("policy is not of its choices")
+            self.policy = np.asarray(given, np.int32)
+        wanted = {"images": ("tensor(uint8)", self.image_shape)}
+        if self.switchable:
+            wanted["policy"] = ("tensor(int64)", ())
+        found = {value.name: value for value in self._session.get_inputs()}
+        if set(found) != set(wanted):
+            read.fail(f"its graph does not take {' and '.join(wanted)}")
+        for name, (kind, shape) in wanted.items():
+            first = len(self.names) if name == "policy" else None
+            _agrees(read, found[name], kind, first, shape)
+        outputs = self._session.get_outputs()
+        if [value.name for value in outputs] != ["logits"]:
+            read.fail("its graph does not give logits alone")
+        _agrees(read, outputs[0], "tensor(float)", None, (len(self.classes),))
 
     def __call__(self, images: np.ndarray, policy: Any = None) -> np.ndarray:
         """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]``.
 
         Args:
-          policy: ``[L]`` widths, for a switchable file alone.
+          policy: ``[L]`` widths or one for all layers, for a switchable file alone.
 
         Raises:
-          UserError: a policy that does not fit, or one for a file that holds one already.
+          UserError: images or a policy that do not fit, a policy for a file that holds one already,
+            or an error of onnxruntime.
         """
-        feed: dict[str, Any] = {"images": np.asarray(images, np.uint8)}
+        feed: dict[str, Any] = {"images": check_images(images, self.image_shape)}
         if self.switchable:
             if policy is None:
                 raise UserError("a switchable ONNX file: give a policy")
-            feed["policy"] = self.space.check(policy, len(self.names)).astype(np.int64)
+            feed["policy"] = check_policy(policy, self.space, len(self.names)).astype(np.int64)
         elif policy is not None:
             raise UserError("this ONNX file holds one policy; export a switchable one to choose")
-        return np.asarray(self._session.run(["logits"], feed)[0])
+        try:
+            return np.asarray(self._session.run(["logits"], feed)[0])
+        except Exception as error:  # of a damaged file without a checksum, or no memory
+            line = str(error).partition("\n")[0]
+            raise UserError(f"onnxruntime cannot run this ONNX file ({line})") from None
+
+
+def _levels(level: Any) -> tuple[Any, ...]:
+    """onnxruntime's levels in the order of OPTIMIZATION."""
+    return level.ORT_DISABLE_ALL, level.ORT_ENABLE_BASIC, level.ORT_ENABLE_ALL
+
+
+def _agrees(read: Reader, value: Any, kind: str, first: int | None, rest: tuple[int, ...]) -> None:
+    """Fails unless an input or output is of that type and shape.
+
+    Args:
+      first: the first size; None: any, as of a batch.
+    """
+    shape = list(value.shape)
+    if value.type != kind or shape[1:] != list(rest) or len(shape) != 1 + len(rest):
+        read.fail(f"{value.name} of its graph is not what the metadata say")
+    if first is None:
+        if isinstance(shape[0], int):
+            read.fail(f"{value.name} of its graph takes one size of batch")
+    elif shape[0] != first:
+        read.fail(f"{value.name} of its graph is not what the metadata say")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -21,12 +22,14 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.assembly import TABLE_DTYPES, Assembly
 from bitmixer_jax.export.deployed import Deployed, FloatStem, Kernel
 from bitmixer_jax.export.description import Reader, describe
-from bitmixer_jax.files import write_new
+from bitmixer_jax.files import parse_json, read_bytes, user_path, write_new
+from bitmixer_jax.json_files import shown
 
 PACKED_FORMAT = "bitmixer-packed"
 PACKED_VERSION = 1
 _HEADER_MOST = 64 * 2**20
 _ZEROS = "0" * 64
+_DIGEST = re.compile("[0-9a-f]{64}")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8, "U8": np.uint8}
 
 
@@ -163,14 +166,7 @@ def load_packed(path: str | pathlib.Path, planes: int | None = None) -> Deployed
       UserError: no such file, not a packed file, damaged, cut elsewhere than after a plane, or too
         few planes for any width. Memory stays within a small multiple of the file's size.
     """
-    path = pathlib.Path(path)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such packed file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    return unpack(data, str(path), planes)
+    return unpack(_read(path), str(path), planes)
 
 
 def plane_ends(path: str | pathlib.Path) -> list[tuple[int, int]]:
@@ -178,13 +174,24 @@ def plane_ends(path: str | pathlib.Path) -> list[tuple[int, int]]:
 
     Empty if its widths are not nested. Raises as `load_packed`.
     """
-    data = pathlib.Path(path).read_bytes()
-    header, _, start = _header(Reader(str(path)), data)
+    read = Reader(str(path))
+    header, _, start = _header(read, _read(path))
     planes = [name for name in header if name.startswith("plane.")]
     if any(name.count(".") > 1 for name in planes):
         return []
-    ends = sorted(start + header[name]["data_offsets"][1] for name in planes)
+    ends = sorted(start + _offsets(read, header[name])[1] for name in planes)
     return list(enumerate(ends, start=1))
+
+
+def _read(given: str | pathlib.Path) -> bytes:
+    """The bytes of a packed file."""
+    path = user_path(given)
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such packed file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def unpack(data: bytes, where: str, planes: int | None = None) -> Deployed:
@@ -192,9 +199,11 @@ def unpack(data: bytes, where: str, planes: int | None = None) -> Deployed:
     read = Reader(where)
     header, metadata, start = _header(read, data)
     try:
-        description = json.loads(read.text_of(metadata, "description"))
-        digests = json.loads(read.text_of(metadata, "sha256"))
-    except (ValueError, RecursionError):
+        description = parse_json(read.text_of(metadata, "description"))
+        digests = parse_json(read.text_of(metadata, "sha256"))
+    except UserError:
+        raise
+    except ValueError:
         read.fail("its description is not JSON")
     whole = read.space(read.field(description, "choices", list))
     kind = read.kind(description.get("weight_kind"))
@@ -235,18 +244,20 @@ def _header(read: Reader, data: bytes) -> tuple[Mapping[str, Any], Mapping[str, 
         read.fail("cut off in its header, or not a safetensors file")
     raw = data[: 8 + size]
     try:
-        header = json.loads(raw[8:].decode())
+        header = parse_json(raw[8:].decode())
         metadata = header.pop("__metadata__")
         found = metadata["header_sha256"]
         ours = metadata["format"] == PACKED_FORMAT
         version = metadata["version"]
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         read.fail("not a packed file of this library")
     if not ours:
         read.fail("not a packed file of this library")
     if version != str(PACKED_VERSION):
-        raise UserError(f"{read.where}: version {version!r}; this library reads {PACKED_VERSION}")
-    if type(found) is not str or len(found) != 64 or raw.count(found.encode()) != 1:
+        raise UserError(
+            f"{read.where}: version {shown(version)}; this library reads {PACKED_VERSION}"
+        )
+    if type(found) is not str or not _DIGEST.fullmatch(found) or raw.count(found.encode()) != 1:
         read.fail("its header has no checksum")
     if _header_digest(raw.replace(found.encode(), _ZEROS.encode())) != found:
         read.fail("the checksum of its header differs")
@@ -277,7 +288,7 @@ def _arrays(
             read.fail(f"cut off within {name}")
         end = stop
         entry = header[name]
-        dtype = _DTYPES.get(entry.get("dtype"))
+        dtype = _DTYPES.get(str(entry.get("dtype")))
         shape = entry.get("shape")
         if dtype is None or type(shape) is not list or len(shape) > 8:
             read.fail(f"{name} has no dtype or shape")
