@@ -27,5 +27,4 @@ run export --workdir run --format stablehlo --out net.stablehlo --images 20
 run predict --model net.packed digit.png
 run predict --model net.onnx digit.png
 run predict --model run digit.png
-run benchmark --model resnet8 --batch_size 16 --steps 1
 env/bin/python -c 'import bitmixer_jax as bm; print("wheel:", bm.Runtime.load("net.packed").classes)'
