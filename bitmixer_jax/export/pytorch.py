@@ -100,7 +100,7 @@ class TorchRunner:
 
     def __call__(self, images: np.ndarray, policy: np.ndarray) -> np.ndarray:
         """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]`` at a policy ``[L]``."""
-        self.net.set_policy([int(width) for width in policy])
+        self.net.set_policy(policy)
         parts = []
         with self._torch.no_grad():
             for start in range(0, len(images), 64):

@@ -11,9 +11,13 @@ This file stands on its own: it needs torch and safetensors, and the weights.saf
 
 A layer quantises its input, convolves whole numbers with whole numbers (exact in float32), and
 applies the folded batch norm of the pair (width of the layer before, own width), rounding once.
+
+Numbers keep their own types: net.half(), .bfloat16(), .double() and autocast change no answer, and
+logits are float32 whatever the images are. Devices and memory formats (channels_last) are free.
 """
 
 import json
+import operator
 import pathlib
 
 import torch
@@ -44,6 +48,22 @@ def once(multiplier, sums, offset):
     return (multiplier.double() * sums.double() + offset.double()).float()
 
 
+def plain(value):
+    """Arrays and tensors of any kind as Python's own numbers and lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def whole(value):
+    """A width as an int; raises ValueError for what is no whole number."""
+    value = plain(value)
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise ValueError(f"{value!r} is no width; give a whole number of bits")
+
+
 class Kernel(nn.Module):
     """A convolution of whole numbers.
 
@@ -59,7 +79,7 @@ class Kernel(nn.Module):
         n, sets = len(choices), len(choices) if kind == "independent" else 1
         self.register_buffer("codes", torch.zeros(sets, c_out, c_in, kh, kw, dtype=torch.int8))
         for name in ("multiplier", "offset"):
-            self.register_buffer(name, torch.zeros(before, n, c_out))
+            self.register_buffer(name, torch.zeros(before, n, c_out, dtype=torch.float32))
         self.register_buffer("count", torch.zeros(before, n, dtype=torch.int32))
 
     def weight(self, own):
@@ -94,7 +114,7 @@ class Layer(nn.Module):
         self.name, self.previous, self.signed = info["name"], info["previous"], info["signed"]
         self.choices = choices
         before = len(choices) if transitional and self.previous >= 0 else 1
-        self.register_buffer("step", torch.ones(len(choices)))
+        self.register_buffer("step", torch.ones(len(choices), dtype=torch.float32))
         self.kernels = [kernel[0] for kernel in info["kernels"]]
         for kernel in info["kernels"]:
             self.add_module(kernel[0], Kernel(kernel, choices, before, kind))
@@ -112,9 +132,9 @@ class FloatStem(nn.Module):
     def __init__(self, info):
         super().__init__()
         _, (kh, kw, c_in, c_out), self.strides, self.padding, self.groups = info
-        self.register_buffer("kernel", torch.zeros(c_out, c_in, kh, kw))
+        self.register_buffer("kernel", torch.zeros(c_out, c_in, kh, kw, dtype=torch.float32))
         for name in ("multiplier", "offset"):
-            self.register_buffer(name, torch.zeros(c_out))
+            self.register_buffer(name, torch.zeros(c_out, dtype=torch.float32))
 
     def forward(self, x):
         """[N, O, H', W'] of normalised images."""
@@ -153,13 +173,29 @@ class SwitchableNetwork(nn.Module):
             stem = {"name": "stem", "previous": -1, "signed": True}
             stem["kernels"] = [description["stem"]]
             self.stem = Layer(stem, (8,), False, "independent")
-            self.register_buffer("head_steps", torch.ones(2))
+            self.register_buffer("head_steps", torch.ones(2, dtype=torch.float32))
         dtype = torch.float32 if self.real_ends else torch.int8
         self.register_buffer("head_kernel", torch.zeros(features, classes, dtype=dtype))
-        self.register_buffer("head_bias", torch.zeros(classes))
+        self.register_buffer("head_bias", torch.zeros(classes, dtype=torch.float32))
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(description[name]), persistent=False)
+            values = torch.tensor(description[name], dtype=torch.float32)
+            self.register_buffer(name, values, persistent=False)
         self._indices = (len(self.choices) - 1,) * len(self.layers)
+
+    def _apply(self, fn, recurse=True):
+        """Moves buffers to a device or memory format, as PyTorch asks; their types stay.
+
+        A multiplier of 16 bits would be another network.
+        """
+
+        def move(tensor):
+            # Codes [S, O, I, kh, kw] are placed as S * O kernels: formats are of four dimensions.
+            moved = fn(tensor.flatten(0, 1)) if tensor.dim() == 5 else fn(tensor)
+            if moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved.unflatten(0, tensor.shape[:2]) if tensor.dim() == 5 else moved
+
+        return super()._apply(move, recurse)
 
     @property
     def policy(self):
@@ -169,10 +205,13 @@ class SwitchableNetwork(nn.Module):
     def set_policy(self, widths):
         """Puts widths in force: one for all, one per layer, or a dict of those that change.
 
+        Widths are whole numbers of Python, numpy or PyTorch; a sequence of them may be a tensor.
+
         Raises:
-          ValueError: an unknown layer or width, the wrong number of them, or a pair of widths that
-            training never visited, whose batch norm is unknown.
+          ValueError: an unknown layer or width, the wrong number of them, what is no whole number,
+            or a pair of widths that training never visited, whose batch norm is unknown.
         """
+        widths = plain(widths)
         if isinstance(widths, int):
             widths = [widths] * len(self.layers)
         if isinstance(widths, dict):
@@ -181,7 +220,9 @@ class SwitchableNetwork(nn.Module):
                     raise ValueError(f"no layer {name!r}; they are {', '.join(self.layer_names)}")
             now = dict(zip(self.layer_names, self.policy, strict=True))
             widths = list({**now, **widths}.values())
-        widths = [int(width) for width in widths]
+        if not isinstance(widths, list | tuple):
+            raise ValueError(f"{type(widths).__name__}: give a whole number, a list or a dict")
+        widths = [whole(width) for width in widths]
         if len(widths) != len(self.layers):
             raise ValueError(f"{len(widths)} widths for {len(self.layers)} layers")
         for name, width in zip(self.layer_names, widths, strict=True):
@@ -205,6 +246,11 @@ class SwitchableNetwork(nn.Module):
 
     def tensors(self, images):
         """Every tensor of the network by name; the last node of the graph makes the logits."""
+        # Autocast would sum whole numbers in 16 bits.
+        with torch.autocast(images.device.type, enabled=False):
+            return self._tensors(images)
+
+    def _tensors(self, images):
         height, width, channels = self.image_shape
         if images.shape[1:] != (channels, height, width):
             raise ValueError(f"images: {tuple(images.shape)}; [N, {channels}, {height}, {width}]")
