@@ -18,6 +18,7 @@ import numpy as np
 
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Scores
+from bitmixer_jax.files import cannot_write, parse_json, read_bytes
 
 Measure = Callable[[np.ndarray], Scores]
 SCORES_FORMAT = "bitmixer-scores"
@@ -54,29 +55,41 @@ class ScoreBook:
             self._open(path, {"format": SCORES_FORMAT, "version": 1, **about})
 
     def _open(self, path: pathlib.Path, header: Mapping[str, Any]) -> None:
+        """Reads the file. Writes nothing: another process may be writing to it."""
+        self._header = json.dumps(header)
+        self._ready = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-            first = json.dumps(header)
-            if len(lines) == 1 and first.encode().startswith(lines[0]):  # empty, or cut short
-                path.write_text(first + "\n")
-                return
-            if lines[-1]:  # killed while writing: the last line is not whole
-                path.write_bytes(b"\n".join([*lines[:-1], b""]))
+            lines = read_bytes(path).split(b"\n") if path.exists() else [b""]
         except OSError as error:
-            raise UserError(f"{path}: cannot write there ({error.strerror})") from None
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if self._no_header(lines):
+            return
         try:
-            found = json.loads(lines[0])
+            found = parse_json(lines[0])
             for line in lines[1:-1]:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 values = (float(entry["top1"]), float(entry["loss"]), float(entry["seconds"]))
                 if not np.isfinite(values).all():
                     raise ValueError("scores are finite")
                 self._known[tuple(entry["widths"])] = values
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise UserError(f"{path}: damaged; remove it to measure again") from None
         if found != header:
             raise UserError(f"{path}: scores of another network or of other images; remove it")
+
+    def _no_header(self, lines: list[bytes]) -> bool:
+        """Whether a file is empty, or was cut short in its first line."""
+        return len(lines) == 1 and self._header.encode().startswith(lines[0])
+
+    def _make_ready(self, path: pathlib.Path) -> None:
+        """Writes the header, or takes away a last line that a kill cut short. Raises OSError."""
+        lines = read_bytes(path).split(b"\n") if path.exists() else [b""]
+        if self._no_header(lines):
+            path.write_text(self._header + "\n")
+        elif lines[-1]:
+            path.write_bytes(b"\n".join([*lines[:-1], b""]))
+        self._ready = True
 
     def __call__(self, policies: np.ndarray) -> Scores:
         """Scores of policies int32 ``[M, L]``; measures those not known, and notes them."""
@@ -104,10 +117,12 @@ class ScoreBook:
         if self._path is None:
             return
         try:
+            if not self._ready:
+                self._make_ready(self._path)
             with self._path.open("a") as file:
                 file.write("".join(lines))
         except OSError as error:
-            raise UserError(f"{self._path}: cannot write there ({error.strerror})") from None
+            raise cannot_write(self._path, error) from None
 
 
 def file_name(about: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ that it trained on. Test data is read once, when the search has ended.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import os
@@ -114,36 +113,10 @@ class Trained:
             "images": len(self.data),
             "seed": settings.seed,
         }
-        self._held = contextlib.ExitStack()
+        self._scores = _writable(parse_source(workdir)[0] / "search" / file_name(about))
         self.book = ScoreBook(
-            lambda policies: evaluator.scores(self.variables, policies),
-            self._hold(parse_source(workdir)[0] / "search" / file_name(about)),
-            about,
+            lambda policies: evaluator.scores(self.variables, policies), self._scores, about
         )
-
-    def _hold(self, path: pathlib.Path) -> pathlib.Path | None:
-        """Takes a file of scores for this process; None where the workdir cannot be written.
-
-        Raises:
-          UserError: another search uses the file.
-        """
-        try:
-            path.parent.mkdir(exist_ok=True)
-            if not os.access(path.parent, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        except OSError as error:
-            print(
-                f"warning: {path.parent}: cannot write there ({error.strerror}); a search that is "
-                "stopped will start anew"
-            )
-            return None
-        lock = path.with_name(f".{path.name}.lock")
-        self._held.enter_context(hold(lock, f"search scores {path}"))
-        return path
-
-    def close(self) -> None:
-        """Frees the file of scores."""
-        self._held.close()
 
     def _left_out(self) -> str:
         """What training left out, if that is anything and not test data; else what it saw."""
@@ -216,7 +189,18 @@ class Trained:
         return METHODS[s.method]()
 
     def search(self, problem: Problem) -> Found:
-        """Runs the search, with a progress bar on a terminal."""
+        """Runs the search, with a progress bar on a terminal.
+
+        Raises:
+          UserError: another process searches with the same file of scores.
+        """
+        if self._scores is None:
+            return self._search(problem)
+        lock = self._scores.with_name(f".{self._scores.name}.lock")
+        with hold(lock, f"search scores {self._scores}"):
+            return self._search(problem)
+
+    def _search(self, problem: Problem) -> Found:
         from rich.console import Console
         from rich.progress import Progress
 
@@ -253,6 +237,21 @@ class Trained:
         return self.evaluator(data), len(data)
 
 
+def _writable(path: pathlib.Path) -> pathlib.Path | None:
+    """Returns the path of a file of scores; None where the workdir cannot be written."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        print(
+            f"warning: {path.parent}: cannot write there ({error.strerror}); scores are not kept, "
+            "so a search that is stopped starts anew"
+        )
+        return None
+    return path
+
+
 def left_out(split: str) -> str | None:
     """What a training split of one part leaves: "train[45000:]" of "train[:45000]"; else None."""
     match = re.fullmatch(r"([\w-]+)\[(-?[\d_.]+%?)?:(-?[\d_.]+%?)?\]", split)
@@ -284,13 +283,7 @@ def search_workdir(
     """
     out = user_path(out)
     check_free(out, overwrite)
-    with contextlib.closing(Trained(workdir, settings)) as trained:
-        return _search_workdir(trained, budget, out, overwrite)
-
-
-def _search_workdir(
-    trained: Trained, budget: Sequence[str], out: pathlib.Path, overwrite: bool
-) -> list[str]:
+    trained = Trained(workdir, settings)
     model, space = trained.model, trained.model.space
     limits = parse_budget(budget, trained.costs)
     problem = Problem(space=space, groups=trained.groups, axis=limits[0].cost, limits=limits)
@@ -366,14 +359,7 @@ def front_workdir(
     if out.exists():
         for name in ("front.json", "front.png", "widths.png"):
             check_free(out / name, overwrite)
-    with contextlib.closing(Trained(workdir, settings)) as trained:
-        return _front_workdir(trained, cost, out, random, overwrite)
-
-
-def _front_workdir(
-    trained: Trained, cost: str, out: pathlib.Path, random: int, overwrite: bool
-) -> list[str]:
-    settings = trained.settings
+    trained = Trained(workdir, settings)
     model, space = trained.model, trained.model.space
     if cost not in trained.costs:
         known = list(trained.costs)
