@@ -62,7 +62,7 @@ class ScoreBook:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = read_bytes(path).split(b"\n") if path.exists() else [b""]
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            raise cannot_write(path, error) from None
         if self._no_header(lines):
             return
         try:

@@ -68,7 +68,7 @@ def test_a_renamed_folder_of_classes_is_named(tmp_path):
 
     settings = [f"--config.dataset=folder:{tmp_path / 'data'}", "--config.batch_size=4"]
     settings += ["--config.stream.size=8", "--config.stream.resize=8", "--config.workers=0"]
-    settings += ["--config.test_split=validation", "--config.pad=0"]
+    settings += ["--config.train_split=train", "--config.test_split=validation"]
     config = load_config(f"{CONFIG}:float", settings)
     train(config, tmp_path / "run")
     assert "float" in evaluate_workdir(str(tmp_path / "run"))
