@@ -74,6 +74,7 @@ def read_batch(data: bytes, where: str) -> Any:
 def _run(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    argument: Any
     for step, (code, argument, _) in enumerate(pickletools.genops(data)):
         if step >= _MOST_STEPS:
             raise ValueError(f"it takes more than {_MOST_STEPS:,} steps")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.data import ImageReader
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.onnx_builder import FORMAT
 
@@ -21,6 +22,7 @@ class OnnxRunner:
     Attributes:
       switchable: whether the policy is an input.
       image_shape: ``(H, W, C)``.
+      reader: reads image files as evaluation did.
       space: the choices.
       names: ``[L]`` layer names.
       classes: ``[K]`` names.
@@ -64,6 +66,8 @@ class OnnxRunner:
                 raise ValueError("its metadata is not that of bitmixer")
             height, width, channels = json.loads(about["image_shape"])
             self.image_shape: tuple[int, int, int] = (height, width, channels)
+            how = json.loads(about.get("images", "{}"))
+            self.reader = ImageReader.from_json(how, self.image_shape, str(path))
             self.space = BitSpace(tuple(json.loads(about["choices"])))
             self.names: tuple[str, ...] = tuple(json.loads(about["layers"]))
             self.classes: tuple[str, ...] = tuple(json.loads(about["classes"]))
