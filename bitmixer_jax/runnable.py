@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.data import ImageReader
+from bitmixer_jax.data.image_files import reader_of_run
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.deployed import Deployed
 from bitmixer_jax.export.integer import run_integer
@@ -38,6 +40,7 @@ class Runnable:
       classes: ``[K]`` names.
       mean, std: ``[C]`` in units of 0..255.
       network: digest of the trained weights, which fronts and exports carry.
+      reader: reads image files as evaluation did.
     """
 
     forward: Callable[[Any, jax.Array, Any], Any]
@@ -51,6 +54,7 @@ class Runnable:
     mean: np.ndarray
     std: np.ndarray
     network: str
+    reader: ImageReader
 
     def unvisited(self, policy: np.ndarray) -> list[tuple[str, int, int]]:
         """Pairs of a policy ``[L]`` that training never visited: (layer, width before, own).
@@ -68,13 +72,20 @@ class Runnable:
 
 
 def of_model(
-    model: Network, variables: Any, *, mean: Any, std: Any, classes: Sequence[str]
+    model: Network,
+    variables: Any,
+    *,
+    mean: Any,
+    std: Any,
+    classes: Sequence[str],
+    reader: ImageReader | None = None,
 ) -> Runnable:
     """A trained network, simulated: codes are whole numbers in floating point.
 
     Args:
       variables: "params" and "batch_stats".
       mean, std, classes: of the training data.
+      reader: see `Runnable`; None: files are read as sets in memory are.
 
     Raises:
       UserError: a float twin.
@@ -99,6 +110,7 @@ def of_model(
         mean=np.asarray(mean, np.float32),
         std=np.asarray(std, np.float32),
         network=digest(own),
+        reader=reader or ImageReader(model.image_shape),
     )
 
 
@@ -121,6 +133,9 @@ def of_deployed(deployed: Deployed) -> Runnable:
         mean=deployed.mean,
         std=deployed.std,
         network=deployed.network,
+        reader=ImageReader.from_json(
+            deployed.about.get("images"), deployed.image_shape, "packed file"
+        ),
     )
 
 
@@ -144,7 +159,12 @@ def load(source: str | pathlib.Path) -> Runnable:
     about = run.data_info
     assert about is not None  # `load_trained` sets it
     return of_model(
-        model, variables, mean=about["mean"], std=about["std"], classes=about["classes"]
+        model,
+        variables,
+        mean=about["mean"],
+        std=about["std"],
+        classes=about["classes"],
+        reader=reader_of_run(run.dataset, model.image_shape, about["mean"], run.stream),
     )
 
 

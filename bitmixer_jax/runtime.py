@@ -57,6 +57,7 @@ class Runtime:
       space, names: choices of width, and the layers' names.
       classes: name of each class.
       image_shape: ``(H, W, C)`` of the images that it takes.
+      reader: makes them of image files, as evaluation did.
       network: digest of the weights: a front that was searched for them carries the same.
       batch_size: images that one call of the compiled programme runs.
       traces: compilations so far: one, and one for each policy that was specialised.
@@ -81,6 +82,7 @@ class Runtime:
         self.names = runnable.names
         self.classes = runnable.classes
         self.image_shape = runnable.image_shape
+        self.reader = runnable.reader
         self.network = runnable.network
         self.batch_size = batch_size
         self._source: str | None = None  # where `load` found it

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from bitmixer_jax.bits import parse_policy
-from bitmixer_jax.data.image_files import find_images, read_images
+from bitmixer_jax.data.image_files import find_images
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.front import load_front
 from bitmixer_jax.runtime import Runtime
@@ -27,7 +27,7 @@ def classify(runtime, folder):
     """Prints file, class and confidence of each image, at the policy in force."""
     policy = runtime.policy  # read once: a signal may change it at any moment
     paths = find_images(folder)
-    logits = runtime.predict(read_images(paths, runtime.image_shape), policy)
+    logits = runtime.predict(runtime.reader.read(paths), policy)
     chances = np.exp(logits - logits.max(-1, keepdims=True))
     chances /= chances.sum(-1, keepdims=True)
     print(f"policy {','.join(map(str, policy))}")

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -248,4 +248,4 @@ def _create(path: pathlib.Path) -> Iterator[BinaryIO]:
 def sha256_file(path: pathlib.Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal digits."""
     with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()

@@ -8,6 +8,7 @@ import pathlib
 import tarfile
 import zlib
 from collections.abc import Sequence
+from typing import Any, cast
 
 from bitmixer_jax.data._forms import FORMS, Files, Form
 from bitmixer_jax.data._specs import Spec
@@ -117,7 +118,7 @@ def _open_archive(
     try:
         for algorithm in {archive.algorithm for archive in ARCHIVES[name]}:
             with open_file(source) as stream:
-                digests[algorithm] = hashlib.file_digest(stream, algorithm).hexdigest()
+                digests[algorithm] = hashlib.file_digest(cast(Any, stream), algorithm).hexdigest()
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error}") from error
     known = [a for a in ARCHIVES[name] if digests[a.algorithm] == a.digest]

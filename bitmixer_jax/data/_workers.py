@@ -2,13 +2,19 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 from typing import Any
 
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import read_bytes
+
 _BUFFER = 2  # items each worker may be ahead
 _MOST = 32
+_GUARD = 'if __name__ == "__main__"'
 
 
 def number_of(workers: int) -> int:
@@ -21,6 +27,56 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS does not say which of its cores this process may use
         return os.cpu_count() or 1
+
+
+def check_main(workers: int) -> None:
+    """Says before the work that decoding processes, which import the main script, cannot start.
+
+    Raises:
+      UserError: the script comes from standard input, has no main guard, or is being imported by
+        such a process.
+    """
+    main = sys.modules.get("__main__")
+    path = getattr(main, "__file__", None)
+    if not number_of(workers):
+        return
+    # Only of a process that is importing its main script; a private name, absent elsewhere.
+    importing = getattr(multiprocessing.current_process(), "_inheriting", False)
+    if path is None or getattr(main, "__spec__", None) is not None:  # interactive; python -m
+        missing = importing
+    elif not os.path.isfile(path):
+        raise UserError(
+            f"processes that decode images import the main script, and {path} is no file: save it "
+            f"as one that starts under {_GUARD}, or set config.workers=0"
+        )
+    else:
+        missing = importing or not _has_guard(path)
+    if missing:
+        raise UserError(
+            f"processes that decode images import {path or 'the main script'}, which starts the "
+            f"work outside of {_GUARD}: put it under this guard, or set config.workers=0"
+        )
+
+
+def _has_guard(path: str) -> bool:
+    """Whether a script may have a main guard; true where its text cannot be read."""
+    try:
+        text = read_bytes(path, 2**24)
+    except OSError:
+        return True
+    return b"__name__" in text or b"parent_process" in text
+
+
+def why_died(error: RuntimeError, workers: int) -> UserError | None:
+    """The error that says why a worker died; None where none did."""
+    if "terminated unexpectedly" not in str(error):
+        return None
+    what = str(error).partition(".")[0]
+    if re.search(r"exit code 1\b", str(error)):  # an exception, as it started
+        advice = f"its message is above; a script must start the work under {_GUARD}"
+    else:
+        advice = f"if memory ran out, lower config.workers (now {number_of(workers)})"
+    return UserError(f"a process that decodes images died ({what}): {advice}")
 
 
 def open_iterator(items: Any, workers: int, size: int) -> Any:

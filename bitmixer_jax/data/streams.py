@@ -19,7 +19,7 @@ import numpy as np
 from bitmixer_jax.data._dataset import Dataset
 from bitmixer_jax.data._encoded import Source
 from bitmixer_jax.data._names import listed, one_line, reason_of
-from bitmixer_jax.data._workers import number_of, open_iterator
+from bitmixer_jax.data._workers import check_main, open_iterator, why_died
 from bitmixer_jax.data.crops import (
     DECODERS,
     Box,
@@ -326,7 +326,12 @@ class Loader:
     def __init__(
         self, data: Streamed, way: Pass, start: int, stop: int, batch_size: int, workers: int
     ) -> None:
-        """Nothing is read before the first batch is asked for."""
+        """Nothing is read before the first batch is asked for.
+
+        Raises:
+          UserError: workers are wanted and cannot import the main script.
+        """
+        check_main(workers)
         self.unreadable: dict[str, str] = {}
         self._data, self._way, self._batch_size = data, way, batch_size
         self._step, self._stop = start, stop
@@ -354,13 +359,10 @@ class Loader:
         try:
             parts = [next(self._iterator) for _ in range(self._parts)]
         except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):
+            died = why_died(error, self._workers)
+            if died is None:
                 raise
-            what = str(error).partition(".")[0]
-            raise UserError(
-                f"a process that decodes images died ({what}): if memory ran out, lower "
-                f"config.workers (now {number_of(self._workers)})"
-            ) from None
+            raise died from None
         images, labels, failed = (
             np.concatenate([part[key] for part in parts]) for key in ("images", "labels", "failed")
         )

@@ -234,6 +234,7 @@ def finish(
             "policy": json.dumps(None if policy is None else [int(w) for w in policy]),
             "classes": json.dumps(list(deployed.classes)),
             "image_shape": json.dumps(list(deployed.image_shape)),
+            "images": json.dumps(about["about"].get("images", {})),
             "normalisation": "in the graph: images are uint8 [batch, H, W, C], 0..255",
             "mean": json.dumps(about["mean"]),
             "std": json.dumps(about["std"]),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.data import ImageReader
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.description import Reader, Shape
 from bitmixer_jax.export.onnx_seal import FORMAT, KEY, VERSION, is_whole
@@ -31,6 +32,7 @@ class OnnxRunner:
     Attributes:
       switchable: whether the policy is an input.
       image_shape: ``(H, W, C)``.
+      reader: reads image files as evaluation did.
       space: the choices.
       names: ``[L]`` layer names.
       classes: ``[K]`` names.
@@ -96,7 +98,7 @@ class OnnxRunner:
         """Reads the metadata and checks them against the inputs and outputs of the graph."""
         if sealed != (about.get("version") == str(VERSION)):
             read.fail("its version and its checksum do not go together")
-        if set(about) != _OLD_KEYS | ({KEY} if sealed else set()):
+        if set(about) != _OLD_KEYS | ({KEY, "images"} if sealed else set()):
             read.fail("its metadata has other entries than an export")
 
         def of(key: str) -> Any:
@@ -106,6 +108,8 @@ class OnnxRunner:
                 read.fail(f"{key} in its metadata is not JSON")
 
         self.image_shape: Shape = read.image_shape(of("image_shape"))
+        how = of("images") if sealed else {}
+        self.reader = ImageReader.from_json(how, self.image_shape, read.where)
         self.space: BitSpace = read.space(of("choices"))
         self.names: tuple[str, ...] = read.texts(of("layers"), "layers")
         self.classes: tuple[str, ...] = read.texts(of("classes"), "classes")

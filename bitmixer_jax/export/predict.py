@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from bitmixer_jax.bits import parse_changes, parse_policy, with_widths
-from bitmixer_jax.data.image_files import read_images
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.runtime import Runtime
 
@@ -41,7 +40,7 @@ def predict_files(
         logits, classes = _by_onnx(model, paths, policy, changes)
     else:
         runtime = Runtime.load(model, batch_size=min(64, len(paths)))
-        images = read_images(paths, runtime.image_shape)
+        images = runtime.reader.read(paths)
         widths = parse_policy(policy or str(runtime.space.widest), runtime.names, runtime.space)
         widths = with_widths(widths, parse_changes(changes), runtime.names, runtime.space)
         logits, classes = runtime.predict(images, widths), runtime.classes
@@ -60,7 +59,7 @@ def _by_onnx(
     from bitmixer_jax.export.onnx_runner import OnnxRunner
 
     runner = OnnxRunner(model)
-    images = read_images(paths, runner.image_shape)
+    images = runner.reader.read(paths)
     if not runner.switchable:
         if policy or changes:
             raise UserError(f"{model}: holds one policy; export without --policy to choose here")

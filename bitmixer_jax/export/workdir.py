@@ -117,7 +117,11 @@ class Source:
             std=about["std"],
             classes=tuple(about["classes"]),
             network=digest(self.variables),
-            about={"model": dict(self.run.model), "dataset": self.run.dataset},
+            about={
+                "model": dict(self.run.model),
+                "dataset": self.run.dataset,
+                "images": self.runtime.reader.to_json(),
+            },
         )
 
     def training_images(self, settings: Settings) -> np.ndarray:

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from bitmixer_jax.data.streams import MEAN, StreamSettings
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import cannot_write, read_json, user_path, write_whole
 
@@ -120,7 +121,22 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not the configuration of a run")
-    return config
+    return with_orientation(config)
+
+
+def with_orientation(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with how its images are turned, if it is from before one could say.
+
+    Streamed images were not turned then. For sets in memory the setting has no meaning; for
+    ImageNet its default is what was done.
+    """
+    stream, about = config.get("stream", {}), config.get("made_for")
+    if not isinstance(stream, dict) or "orientation" in stream or not isinstance(about, dict):
+        return config
+    streamed = about.get("mean") == [float(x) for x in MEAN]
+    auto = StreamSettings().for_dataset(str(config.get("dataset"))).orientation
+    way = "ignore" if streamed and auto != "ignore" else "auto"
+    return {**config, "stream": {**stream, "orientation": way}}
 
 
 def read_data_info(path: pathlib.Path, info: Any) -> dict[str, Any]:

@@ -59,7 +59,12 @@ def default_config() -> ConfigDict:
             train_split="train",
             test_split="test",
             stream=dict(  # of images that are streamed: data.StreamSettings
-                size=224, resize=256, min_area=0.08, decoder="pil", skip_unreadable=False
+                size=224,
+                resize=256,
+                min_area=0.08,
+                decoder="pil",
+                skip_unreadable=False,
+                orientation="auto",
             ),
             workers=-1,  # processes that decode streamed images; -1: one for each CPU core
             pad=0,  # random crops after padding by so many pixels

@@ -82,7 +82,8 @@ def train(
         "mean": [float(x) for x in train_data.mean],
         "std": [float(x) for x in train_data.std],
     }
-    made = {**configuration.to_json(config), "made_for": about}
+    stream = dataclasses.asdict(run.stream)  # whole: what a file lacks was not there yet
+    made = {**configuration.to_json(config), "stream": stream, "made_for": about}
     # Stages and models differ from the default in what they name: only whole settings are filled.
     defaults = configuration.to_json(configuration.default_config())
     for name in ("stages", "model"):

@@ -40,9 +40,7 @@ def theirs(split, counts):
 def ours(split, counts):
     try:
         parts = parse_split(split, counts)
-    except UserError as error:
-        if len(str(error).splitlines()) != 1:
-            raise
+    except UserError:
         return None
     return [(part.name, i) for part in parts for i in range(part.start, part.stop)]
 

@@ -282,8 +282,10 @@ def test_settings_that_are_not_allowed_are_one_line(changes, message):
         ("train[10%:]", "train[:10%]"),
         ("train", None),
         ("train[:]", None),
-        ("train[10:20]", None),
-        ("train[10%:90%]", None),
+        ("train[10:20]", "train[:10]+train[20:]"),
+        ("train[10%:90%]", "train[:10%]+train[90%:]"),
+        ("train[-10:]", "train[:-10]"),
+        ("train[:-10%]", "train[-10%:]"),
     ],
 )
 def test_what_training_left_out(split, rest):

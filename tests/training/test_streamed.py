@@ -1,6 +1,7 @@
 """Training and evaluation on images that are streamed: as on resident ones, resumed or not."""
 
 import functools
+import json
 import pathlib
 import shutil
 import signal
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 from bitmixer_jax import data
+from bitmixer_jax.data import ImageReader
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
 from bitmixer_jax.pairs import covering_policies
 from bitmixer_jax.runs import evaluate_workdir, train_and_report
+from bitmixer_jax.runtime import Runtime
 from bitmixer_jax.search.workdir import Settings, Trained
 from bitmixer_jax.training import Interrupted, load_config, load_trained, loop, train
 from bitmixer_jax.training.checkpoints import Checkpoints
@@ -245,3 +248,25 @@ def test_four_devices_train_on_the_same_batches(pictures, command, tmp_path, mon
         losses.append([record["loss"] for record in read_metrics(workdir, "train")])
     np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-4)
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.05)
+
+
+def test_files_are_read_as_evaluation_reads_them(streamed, pictures):
+    run, _, _ = load_trained(streamed)
+    test = run.load(run.test_split)
+    reader = Runtime.load(streamed, batch_size=8).reader
+    assert reader.stream == test.settings
+    assert reader.stream.orientation == "obey"
+    found = reader.read([test.source.name(i) for i in range(len(test))])
+    assert np.array_equal(found, test.subset(np.arange(len(test))).images)
+    again = ImageReader.from_json(reader.to_json(), reader.image_shape, "a file")
+    assert np.array_equal(found[:2], again.read([test.source.name(i) for i in range(2)]))
+
+
+def test_a_run_from_before_the_setting_of_orientation_ignores_tags(streamed, tmp_path):
+    workdir = shutil.copytree(streamed, tmp_path / "old")
+    config = json.loads((workdir / "config.json").read_text())
+    del config["stream"]["orientation"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    run, _, _ = load_trained(workdir)
+    assert run.load(run.test_split).settings.orientation == "ignore"
+    assert Runtime.load(workdir, batch_size=8).reader.stream.orientation == "ignore"
