@@ -165,6 +165,8 @@ def export_workdir(
     own = {"model.py", "weights.safetensors", "__pycache__"}
     if out.is_dir() and not {file.name for file in out.iterdir()} <= own:
         raise UserError(f"--out {out}: holds more than an export; name another folder")
+    if out.exists() and not (out.is_file() or out.is_dir()):
+        raise UserError(f"--out {out}: a device or a pipe; name a file")
     _names(out)
     with hold(out.with_name(f".{out.name}.lock"), f"--out {out}"):
         return _export(workdir, out, settings, overwrite)
@@ -174,7 +176,6 @@ def _names(out: pathlib.Path) -> None:
     """Says before the work that the names beside ``out`` are too long. Raises UserError."""
     for path in (out, *(beside(out) for beside in (_partial, _report))):
         try:
-            path.exists()
             os.lstat(path)
         except FileNotFoundError:
             pass
@@ -201,7 +202,10 @@ def _export(workdir: str, out: pathlib.Path, settings: Settings, overwrite: bool
     partial = _partial(out)
     try:
         _remove(partial)  # of an export that was killed
-        source = Source(workdir, settings)
+    except OSError as error:
+        raise cannot_write(out, error, "--out") from None
+    source = Source(workdir, settings)
+    try:
         partial.mkdir()
         made = partial / out.name
         what, engine, tolerance = _WRITERS[settings.format](source, made, settings)
