@@ -1,6 +1,7 @@
-"""Mutates packed and policy files at random: each must fail in one line, or change nothing.
+"""Mutates packed, policy and ONNX files at random: each must fail in one line, or change nothing.
 
     python experiments/fuzz_files.py --packed runs/net.packed --number 100000
+    python experiments/fuzz_files.py --packed runs/net.packed --onnx runs/net.onnx --number 3000
 
 Prints how many mutations failed clearly, and how many were harmless (they touched nothing that a
 reader reads, such as spaces). Anything else - another exception, a wrong load, a hang - ends it.
@@ -72,9 +73,10 @@ def fuzz(what, data, load, same, number, seed):
 
 
 def main():
-    """Reads the command line and fuzzes both formats."""
+    """Reads the command line and fuzzes the formats."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packed", required=True, type=pathlib.Path)
+    parser.add_argument("--onnx", type=pathlib.Path, help="a switchable export of version 2")
     parser.add_argument("--number", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -102,6 +104,26 @@ def main():
             return np.array_equal(found, policy)
 
         fuzz("policy", text, load, same_policy, given.number, given.seed)
+        if given.onnx:
+            fuzz_onnx(given, pathlib.Path(folder) / "net.onnx")
+
+
+def fuzz_onnx(given, path):
+    """Fuzzes an ONNX file, which is written to ``path`` each time."""
+    from bitmixer_jax.export.onnx_runner import OnnxRunner
+
+    whole = OnnxRunner(given.onnx)
+    images = np.random.default_rng(0).integers(256, size=(2, *whole.image_shape)).astype(np.uint8)
+    wanted = whole(images, whole.space.widest)
+
+    def load(changed):
+        path.write_bytes(changed)
+        return OnnxRunner(path)
+
+    def same(found, changed):
+        return np.array_equal(found(images, whole.space.widest), wanted)
+
+    fuzz("onnx", given.onnx.read_bytes(), load, same, given.number, given.seed)
 
 
 def _usable(data):

@@ -9,6 +9,7 @@ import numpy as np
 
 from bitmixer_jax.bits import parse_changes, parse_policy, with_widths
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import user_path
 from bitmixer_jax.runtime import Runtime
 
 
@@ -36,7 +37,9 @@ def predict_files(
     """
     if top < 1:
         raise UserError(f"--top {top}: give 1 or more")
-    if model.endswith(".onnx"):
+    if not paths:
+        raise UserError("predict: name an image file")
+    if model.endswith(".onnx") and not user_path(model).is_dir():
         logits, classes = _by_onnx(model, paths, policy, changes)
     else:
         runtime = Runtime.load(model, batch_size=min(64, len(paths)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.deployed import Deployed, FloatStem, Layer
 from bitmixer_jax.export.description import describe
+from bitmixer_jax.files import cannot_write, user_path, write_whole
 
 MODULE = pathlib.Path(__file__).with_name("torch_module.py")
 PYTORCH_FORMAT = "bitmixer-pytorch"
@@ -57,21 +57,21 @@ def export_pytorch(deployed: Deployed, folder: str | pathlib.Path) -> None:
       UserError: safetensors is not installed, the network was cut, or the folder is there already.
     """
     try:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
     except ImportError:
         raise UserError(
             "export to PyTorch needs safetensors: pip install 'bitmixer_jax[torch]'"
         ) from None
     if deployed.code_bits != deployed.space.widest:
         raise UserError("export: this network was read from a cut packed file; use the whole")
-    folder = pathlib.Path(folder)
+    folder = user_path(folder)
     try:
         folder.mkdir()
         metadata = {"format": PYTORCH_FORMAT, "description": json.dumps(describe(deployed))}
-        save_file(state_dict(deployed), folder / "weights.safetensors", metadata)
-        shutil.copyfile(MODULE, folder / "model.py")
+        write_whole(folder / "weights.safetensors", save(state_dict(deployed), metadata))
+        write_whole(folder / "model.py", MODULE.read_bytes())
     except OSError as error:
-        raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
+        raise cannot_write(folder, error) from None
 
 
 class TorchRunner:

@@ -22,7 +22,7 @@ import numpy as np
 from flax import traverse_util
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.files import write_new
+from bitmixer_jax.files import read_bytes, user_path, write_new
 
 
 def export_raw(
@@ -56,14 +56,21 @@ def load_raw(path: str | pathlib.Path) -> dict[str, Any]:
       UserError: no such file, or it is damaged or of something else.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
+    path = user_path(path)
     try:
-        arrays = load_file(path)
+        arrays = load(read_bytes(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a safetensors file, or damaged ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        line = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a safetensors file, or damaged ({line})") from None
     if not any(name.startswith("params/") for name in arrays):
         raise UserError(f"{path}: holds no variables of a network (params/...)")
+    parts = {tuple(name.split("/")) for name in arrays}
+    if any(name[:depth] in parts for name in parts for depth in range(1, len(name))):
+        raise UserError(f"{path}: damaged: one of its names begins with another")
     return traverse_util.unflatten_dict(arrays, sep="/")

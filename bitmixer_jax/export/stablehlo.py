@@ -26,12 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bitmixer_jax.archives import read_parts
 from bitmixer_jax.data import normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.deployed import Deployed
-from bitmixer_jax.export.description import describe
+from bitmixer_jax.export.description import Reader, describe
 from bitmixer_jax.export.integer import run_integer
-from bitmixer_jax.files import write_new
+from bitmixer_jax.files import open_file, parse_json, user_path, write_new
+from bitmixer_jax.inputs import check_images, check_policy
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -78,19 +80,45 @@ class StablehloRunner:
           UserError: no such file, not an export of this library, or flatbuffers is not installed.
         """
         _need_flatbuffers()
+        path = user_path(path)
         try:
-            with zipfile.ZipFile(path) as file:
-                self.about: dict[str, Any] = json.loads(file.read("about.json"))
-                self._exported = jax.export.deserialize(bytearray(file.read("network.bin")))
+            with open_file(path) as file:
+                about, programme = read_parts(file, ("about.json", "network.bin"))
+            self.about: dict[str, Any] = parse_json(about)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
-        except Exception as error:  # whatever zip, JSON and jax make of it
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except ValueError as error:
             raise UserError(f"{path}: not a StableHLO export, or damaged ({error})") from None
+        read = Reader(str(path))
+        self.space = read.space(read.field(self.about, "choices", list))
+        self.names = read.texts(self.about.get("layers"), "layers")
+        self.classes = read.texts(self.about.get("classes"), "classes")
+        self.image_shape = read.image_shape(self.about.get("image_shape"))
+        try:
+            self._exported = jax.export.deserialize(bytearray(programme))
+            shapes = [tuple(value.shape) for value in self._exported.in_avals]
+            shapes += [tuple(value.shape) for value in self._exported.out_avals]
+        except Exception as error:  # whatever jax and flatbuffers make of it
+            line = str(error).partition("\n")[0]
+            raise UserError(f"{path}: not a StableHLO export, or damaged ({line})") from None
+        wanted = [self.image_shape, (len(self.names),), (len(self.classes),)]
+        if len(shapes) != 3 or [shapes[0][1:], shapes[1], shapes[2][1:]] != wanted:
+            read.fail("its programme is not what about.json says")
         self._call = jax.jit(self._exported.call)
 
-    def __call__(self, images: np.ndarray, policy: np.ndarray) -> np.ndarray:
-        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]`` at a policy ``[L]``."""
-        return np.asarray(self._call(images, np.asarray(policy, np.int32)))
+    def __call__(self, images: np.ndarray, policy: Any) -> np.ndarray:
+        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]``.
+
+        Args:
+          policy: ``[L]`` widths, or one for all layers.
+
+        Raises:
+          UserError: images or policy do not fit.
+        """
+        images = check_images(images, self.image_shape)
+        return np.asarray(self._call(images, check_policy(policy, self.space, len(self.names))))
 
 
 def _need_flatbuffers() -> None:

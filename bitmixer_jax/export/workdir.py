@@ -6,8 +6,10 @@ real images, and only then takes its place; the report lies beside it, as OUT.re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from bitmixer_jax.evaluation import random_policies
 from bitmixer_jax.export.deployed import Deployed, FloatStem, deploy
 from bitmixer_jax.export.packed import load_packed, save_packed
 from bitmixer_jax.export.verify import EXACT, Engine, Tolerance, require, summary, verify
-from bitmixer_jax.files import check_free
+from bitmixer_jax.files import cannot_write, check_free, hold, user_path, write_whole
 from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import never_visited
 from bitmixer_jax.runnable import of_model
@@ -152,17 +154,61 @@ def export_workdir(
     Returns:
       lines that say what was written.
 
+    A hidden file beside ``out`` keeps a second process from the same place. A killed export leaves
+    a hidden folder, which the next one removes.
+
     Raises:
-      UserError: no trained network there, ``out`` exists, an engine is not installed, or the export
-        does not agree with the network (then nothing is written).
+      UserError: no trained network there, ``out`` exists or is being written, an engine is not
+        installed, there is no room, or the export does not agree with the network (then nothing is
+        written).
     """
+    out = user_path(out)
+    if not out.name:
+        raise UserError(f"--out {out}: names no file")
     check_free(out, overwrite, folder=settings.format == "pytorch")
     own = {"model.py", "weights.safetensors", "__pycache__"}
     if out.is_dir() and not {file.name for file in out.iterdir()} <= own:
         raise UserError(f"--out {out}: holds more than an export; name another folder")
+    if out.exists() and not (out.is_file() or out.is_dir()):
+        raise UserError(f"--out {out}: a device or a pipe; name a file")
+    _names(out)
+    with hold(out.with_name(f".{out.name}.lock"), f"--out {out}"):
+        return _export(workdir, out, settings, overwrite)
+
+
+def _names(out: pathlib.Path) -> None:
+    """Says before the work that the names beside ``out`` are too long. Raises UserError."""
+    for path in (out, *(beside(out) for beside in (_partial, _report))):
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--out {out}: cannot write there ({getattr(error, 'strerror', error)}); name "
+                "another"
+            ) from None
+
+
+def _partial(out: pathlib.Path) -> pathlib.Path:
+    """The folder where an export is made before it takes its place."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def _report(out: pathlib.Path) -> pathlib.Path:
+    """The report beside an export."""
+    return out.with_name(f"{out.name}.report.json")
+
+
+def _export(workdir: str, out: pathlib.Path, settings: Settings, overwrite: bool) -> list[str]:
+    """`export_workdir`, where no other process writes to ``out``."""
+    check_free(out, overwrite, folder=settings.format == "pytorch")  # since it was held
+    partial = _partial(out)
+    try:
+        _remove(partial)  # of an export that was killed
+    except OSError as error:
+        raise cannot_write(out, error, "--out") from None
     source = Source(workdir, settings)
-    partial = out.with_name(f".{out.name}.partial")
-    _remove(partial)
     try:
         partial.mkdir()
         made = partial / out.name
@@ -177,14 +223,18 @@ def export_workdir(
         )
         report |= {"network": source.deployed.network, "bytes": _size(made)}
         require(report)
+        text = json.dumps(report, indent=1) + "\n"
+        prepared = partial / _report(out).name
+        write_whole(prepared, text)  # a full disk shows before anything is replaced
         _remove(out)
         made.rename(out)
-        beside = out.with_name(f"{out.name}.report.json")
-        beside.write_text(json.dumps(report, indent=1) + "\n")
+        beside = _report(out)
+        prepared.replace(beside)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
+        raise cannot_write(out, error, "--out") from None
     finally:
-        _remove(partial)
+        with contextlib.suppress(OSError):
+            _remove(partial)
     lines = [summary(report), f"written: {out} ({report['bytes']:,} bytes), {beside.name}"]
     return [*_sizes(source.deployed, out, settings), *lines] if what == "packed" else lines
 

@@ -6,18 +6,26 @@ conv1, bn1; layer1.0.conv1, layer1.0.bn1, ...; layer2.0.downsample.0, .1; fc
 from __future__ import annotations
 
 import pathlib
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from bitmixer_jax.archives import refuse_bombs
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import open_file, user_path
 from bitmixer_jax.models import Network
 from bitmixer_jax.models.resnet import ResNet
 
 _NORM = {
     "params": {"scale": "weight", "bias": "bias"},
     "batch_stats": {"mean": "running_mean", "var": "running_var"},
+}
+_REAL = ("float16", "bfloat16", "float32", "float64")
+_SAFETENSORS = {
+    **{"F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?", "U8": "u1", "I8": "i1"},
+    **{"U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8"},
 }
 
 
@@ -26,7 +34,9 @@ def load_torchvision(path: str | pathlib.Path, model: Network) -> dict[str, Any]
 
     Args:
       path: a ``.safetensors`` file, or one that ``torch.save`` wrote (which needs PyTorch; read
-        with ``weights_only``, so it runs no code).
+        with ``weights_only``, so it runs no code). Tensors may be of 16, 32 or 64 bits, their names
+        may begin with ``module.`` or ``_orig_mod.``, and a trainer's dictionary may hold them under
+        "state_dict" or "model".
       model: a ResNet with projection shortcuts, such as "resnet18", "resnet34" or "resnet50".
 
     Returns:
@@ -34,11 +44,12 @@ def load_torchvision(path: str | pathlib.Path, model: Network) -> dict[str, Any]
 
     Raises:
       UserError: no such file, not a state_dict, PyTorch is not installed, or the tensors are not
-        those of this network.
+        those of this network, or not real and finite.
     """
     if not isinstance(model, ResNet):
         raise UserError(f"{path}: only a ResNet starts from a torchvision state_dict")
-    tensors = _read(pathlib.Path(path))
+    path = user_path(path)
+    tensors = _read(path)
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
 
     def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -48,12 +59,12 @@ def load_torchvision(path: str | pathlib.Path, model: Network) -> dict[str, Any]
                 "depth"
             )
         value = tensors.pop(name)
-        if value.shape != shape:
+        if tuple(value.shape) != shape:  # before it is converted: a stride of 0 costs nothing
             raise UserError(
                 f"{path}: {name} is {list(value.shape)}, this network has {list(shape)}; use the "
                 "same model, width and number of classes"
             )
-        return np.asarray(value, np.float32)
+        return _float32(path, name, value)
 
     def kernel(
         layer: str, ours: str, conv: str, norm: str, shape: tuple[int, int, int, int]
@@ -89,46 +100,92 @@ def load_torchvision(path: str | pathlib.Path, model: Network) -> dict[str, Any]
     return variables
 
 
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of a file by name."""
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """All tensors of a file by name: numpy arrays, or torch tensors that `_float32` converts."""
     try:
-        if path.suffix == ".safetensors":
-            return _safetensors(path)
-        return _torch(path)
+        with open_file(path) as file:
+            read = _safetensors if path.suffix == ".safetensors" else _torch
+            found = read(path, file)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    tensors: dict[str, Any] = {}
+    for name, tensor in found.items():
+        bare = _bare(name)
+        if bare in tensors:
+            raise UserError(f"{path}: holds {bare} twice, under a prefix and without it")
+        tensors[bare] = tensor
+    return tensors
 
 
-def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+def _bare(name: str) -> str:
+    """A tensor's name without what wrappers of a module put before it, in any order."""
+    prefixes = ("module.", "_orig_mod.", "model.", "state_dict.")
+    while name.startswith(prefixes):
+        name = name.partition(".")[2]
+    return name
+
+
+def _float32(path: pathlib.Path, name: str, value: Any) -> np.ndarray:
+    """A tensor of real numbers as float32."""
+    if not isinstance(value, np.ndarray):
+        kind = str(value.dtype).removeprefix("torch.")
+        if kind not in _REAL or str(value.layout) != "torch.strided" or value.is_meta:
+            raise UserError(
+                f"{path}: {name} is of type {kind}, {value.layout}; give {', '.join(_REAL)}, dense"
+            )
+        value = value.detach().float().numpy()
+    if value.dtype.kind != "f":
+        raise UserError(f"{path}: {name} is of type {value.dtype}; give {', '.join(_REAL)}")
+    with np.errstate(over="ignore"):
+        found = np.asarray(value, np.float32)
+    if not np.isfinite(found).all():
+        raise UserError(f"{path}: {name} holds values that are not finite in float32")
+    return found
+
+
+def _safetensors(path: pathlib.Path, file: BinaryIO) -> dict[str, Any]:
+    from safetensors import SafetensorError, deserialize
 
     try:
-        return load(path.read_bytes())
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        entries = deserialize(file.read())
+        return {name: _array(entry) for name, entry in entries}
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        line = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a whole safetensors file ({line})") from None
 
 
-def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _array(entry: Mapping[str, Any]) -> np.ndarray:
+    """A tensor of a safetensors file. Raises ValueError for a type that numpy does not have."""
+    data, shape = entry["data"], entry["shape"]
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        wide = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+        return wide.view(np.float32).reshape(shape)
+    kind = _SAFETENSORS.get(entry["dtype"])
+    if kind is None:
+        raise ValueError(f"tensors of type {entry['dtype']} are not read")
+    return np.frombuffer(data, kind).reshape(shape)
+
+
+def _torch(path: pathlib.Path, file: BinaryIO) -> dict[str, Any]:
     try:
         import torch
     except ImportError:
         raise UserError(
             f"{path}: needs PyTorch: pip install 'bitmixer_jax[torch]'; or save it as .safetensors"
         ) from None
+    refuse_bombs(path, file)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a damaged file makes torch believe
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
         line = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a state_dict that torch.load reads ({line})") from None
     for key in ("state_dict", "model"):  # what trainers wrap it in
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    if not isinstance(found, Mapping) or not all(hasattr(v, "numpy") for v in found.values()):
+    if not isinstance(found, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
+    ):
         raise UserError(f"{path}: holds no state_dict")
-    return {
-        name.removeprefix("module."): tensor.detach().float().numpy()
-        for name, tensor in found.items()
-    }
+    return dict(found)

@@ -1,7 +1,11 @@
 """StableHLO: the loader that the documentation shows, the batch, the policy."""
 
+import io
+import json
+import os
 import re
 import textwrap
+import zipfile
 
 import jax
 import numpy as np
@@ -41,7 +45,11 @@ def test_any_batch_and_any_policy(path):
 
 
 def test_an_unknown_width_gives_nan(path):
-    assert np.isnan(StablehloRunner(path)(pixels("resnet8", 2), np.full(6, 5))).all()
+    runner = StablehloRunner(path)
+    found = runner._exported.call(pixels("resnet8", 2), np.full(6, 5, np.int32))
+    assert np.isnan(found).all()
+    with pytest.raises(UserError, match="width 5"):
+        runner(pixels("resnet8", 2), np.full(6, 5))
 
 
 def test_it_is_for_three_platforms(path):
@@ -67,3 +75,63 @@ def test_bad_files_are_one_line(path, tmp_path):
             StablehloRunner(tmp_path / "bad")
     with pytest.raises(UserError, match="is there already"):
         export_stablehlo(deployed("double"), path)
+
+
+def repacked(path, change, **how):
+    """The archive with about.json changed, or another part put in."""
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    about = json.loads(parts["about.json"])
+    parts |= change(about) or {}
+    parts["about.json"] = json.dumps(about).encode()
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", **how) as file:
+        for name, data in parts.items():
+            file.writestr(name, data)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: {"network.bin": b"0" * 10**7},
+        lambda about: {"more.bin": b""},
+        lambda about: {"network.bin": b"not a programme"},
+        lambda about: about.update(image_shape=[100_000, 100_000, 1]),
+        lambda about: about.update(image_shape=[8, 9, 1]),
+        lambda about: about.update(layers=about["layers"][1:]),
+        lambda about: about.update(classes=[*about["classes"], "more"]),
+        lambda about: about.update(classes="abc"),
+        lambda about: about.pop("choices"),
+    ],
+)
+def test_archives_that_say_odd_things_are_one_line(change, path, tmp_path):
+    for number, how in enumerate(({}, {"compression": zipfile.ZIP_DEFLATED})):
+        bad = tmp_path / str(number)
+        bad.write_bytes(repacked(path, change, **how))
+        with pytest.raises(UserError, match="damaged") as caught:
+            StablehloRunner(bad)
+        assert len(str(caught.value).splitlines()) == 1
+        assert len(str(caught.value)) < 400
+
+
+def test_damage_anywhere_is_one_line_or_changes_nothing(path, tmp_path):
+    whole, rng, bad = path.read_bytes(), np.random.default_rng(0), tmp_path / "bad"
+    wanted, said = StablehloRunner(path)._exported.mlir_module_serialized, []
+    for place in rng.integers(len(whole), size=60):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(rng.integers(8))
+        bad.write_bytes(changed)
+        try:
+            assert StablehloRunner(bad)._exported.mlir_module_serialized == wanted
+        except UserError as error:
+            said.append(str(error).splitlines())
+    assert len(said) > 50
+    assert {len(lines) for lines in said} == {1}
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(UserError, match="cannot be read"):
+            StablehloRunner(path)

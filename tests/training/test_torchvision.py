@@ -1,5 +1,8 @@
 """Float ResNets in torchvision's layout: the same logits here, and a start for training."""
 
+import os
+import zipfile
+
 import jax
 import numpy as np
 import pytest
@@ -169,3 +172,128 @@ def test_other_families_and_files_are_refused(tmp_path):
     path.rename(tmp_path / "net.safetensors")
     with pytest.raises(UserError, match="safetensors"):
         load_torchvision(tmp_path / "net.safetensors", ours("resnet18"))
+
+
+# --- types, prefixes, damage ---
+
+
+@pytest.fixture(scope="module")
+def state():
+    """State of a network, and the variables made of it."""
+    return torch_network().state_dict()
+
+
+def flat(variables):
+    return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(variables)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."]
+)
+def test_types_and_prefixes_are_read_from_either_file(dtype, prefix, state, tmp_path):
+    from safetensors.torch import save_file as save_torch
+
+    model = ours("resnet18")
+    given = {
+        prefix + name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in state.items()
+    }
+    save_torch(given, tmp_path / "net.safetensors")
+    torch.save({"model": given, "epoch": 3}, tmp_path / "net.pth")
+    wanted = state["layer1.0.conv1.weight"].to(dtype).float().numpy().transpose(2, 3, 1, 0)
+    first, second = (
+        flat(load_torchvision(tmp_path / name, model)) for name in ("net.safetensors", "net.pth")
+    )
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    assert {value.dtype.name for value in first.values()} == {"float32", "int32"}
+    assert any(np.array_equal(value, wanted) for value in first.values())
+
+
+NAME = "layer1.0.conv1.weight"
+CHANGES = {
+    "whole numbers": lambda t: t.long(),
+    "complex": lambda t: t.to(torch.complex64),
+    "sparse": lambda t: t.to_sparse(),
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "not finite": lambda t: t * float("nan"),
+    "too large": lambda t: t.double() * 1e300,
+    "huge": lambda t: torch.zeros(1).expand(2**40),
+    "flat": lambda t: t.flatten(),
+    "no tensor": lambda t: 3,
+    "8 bits": lambda t: t.to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", CHANGES)
+def test_tensors_that_are_no_weights_are_one_line(change, state, tmp_path):
+    torch.save({**state, NAME: CHANGES[change](state[NAME])}, tmp_path / "net.pth")
+    one_line(tmp_path / "net.pth")
+
+
+def one_line(path):
+    with pytest.raises(UserError) as caught:
+        load_torchvision(path, ours("resnet18"))
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(path) in str(caught.value)
+
+
+def test_other_safetensors_types_are_one_line(state, tmp_path):
+    from safetensors.torch import save_file as save_torch
+
+    for kind in (torch.int64, torch.float8_e4m3fn, torch.bool):
+        save_torch({**state, NAME: state[NAME].to(kind)}, tmp_path / "net.safetensors")
+        one_line(tmp_path / "net.safetensors")
+    (tmp_path / "net.safetensors").write_bytes(b"\xff" * 8 + b"{}")
+    one_line(tmp_path / "net.safetensors")
+
+
+def test_one_tensor_under_two_names_is_refused(state, tmp_path):
+    torch.save({**state, f"module.{NAME}": state[NAME]}, tmp_path / "net.pth")
+    with pytest.raises(UserError, match=f"holds {NAME} twice"):
+        load_torchvision(tmp_path / "net.pth", ours("resnet18"))
+    torch.save({3: state[NAME]}, tmp_path / "net.pth")
+    one_line(tmp_path / "net.pth")
+
+
+def test_an_archive_is_not_unpacked_to_more_than_it_is(state, tmp_path):
+    torch.save(state, tmp_path / "net.pth")
+    with zipfile.ZipFile(tmp_path / "net.pth") as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in parts.items():
+            file.writestr(name, bytes(10**6) if "/data/" in name else content)
+    with pytest.raises(UserError, match="a compressed one"):
+        load_torchvision(tmp_path / "bomb.pth", ours("resnet18"))
+
+
+def test_damage_is_one_line_or_other_numbers(state, tmp_path):
+    rng, model, said = np.random.default_rng(0), ours("resnet18"), []
+    torch.save(state, tmp_path / "whole.pth")
+    saved(torch_network(), tmp_path / "whole.safetensors")
+    for name in ("whole.pth", "whole.safetensors"):
+        whole, bad = (tmp_path / name).read_bytes(), tmp_path / name.replace("whole", "bad")
+        for number in range(60):
+            # Among the names and sizes, which are at the start and at the end.
+            place = int(rng.integers(min(len(whole), 9000))) * (-1 if number % 2 else 1)
+            changed = bytearray(whole)
+            changed[place] = int(rng.integers(256))
+            bad.write_bytes(changed)
+            try:
+                load_torchvision(bad, model)
+            except UserError as error:
+                said.append(str(error).splitlines())
+    assert said
+    assert {len(lines) for lines in said} == {1}
+
+
+def test_places_that_hold_no_file_are_one_line(tmp_path):
+    for name in ("pipe.pth", "pipe.safetensors"):
+        os.mkfifo(tmp_path / name)
+        one_line(tmp_path / name)
+    for place in (tmp_path, "/dev/zero", tmp_path / ("x" * 300)):
+        one_line(place)
+    with pytest.raises(UserError, match="null character"):
+        load_torchvision("net\0.pth", ours("resnet18"))
