@@ -264,6 +264,8 @@ def _fault(path: str, expected: int) -> str:
     from array_record.python.array_record_module import ArrayRecordReader
 
     name = pathlib.Path(path).name
+    if os.path.exists(path) and not os.path.isfile(path):
+        return f"{name} (not a regular file)"
     try:
         reader = ArrayRecordReader(os.fspath(path))
         found = reader.num_records()

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import pathlib
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -61,11 +62,17 @@ def _from_folders(
         for split in ("train", "validation")
     }
     classes = found["train"][1]
+    for name in classes:
+        if not name.isprintable():  # nor what is not UTF-8
+            raise UserError(
+                f"{source}: the class {name!a} has a name that records cannot hold; rename it"
+            )
 
     def files(images: FolderSource) -> _Files:
         for index in range(len(images)):
             data, label = images.read(index)
-            yield classes[label], pathlib.Path(images.name(index)).name, data
+            name = os.fsencode(pathlib.Path(images.name(index)).name)
+            yield classes[label], name.decode(errors="backslashreplace"), data
 
     return classes, {split: functools.partial(files, one) for split, (one, _) in found.items()}
 

@@ -26,7 +26,7 @@ def reason_of(error: Exception) -> str:
         return error.strerror
     lines = str(error).splitlines() or [type(error).__name__]
     if lines[0].startswith("cannot identify image file"):  # it goes on with an address in memory
-        return "not an image: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM are read"
+        return "none of JPEG, PNG, WebP, BMP, GIF, TIFF, PPM, or its header is damaged"
     return one_line(lines[0])[:200]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from bitmixer_jax.data._dataset import Dataset, histogram_stats, histograms
 from bitmixer_jax.data._encoded import open_records
+from bitmixer_jax.data._names import reason_of
 from bitmixer_jax.data._splits import parse_split
 from bitmixer_jax.data.streams import Streamed, StreamSettings
 from bitmixer_jax.errors import UserError
@@ -36,7 +37,9 @@ def find_prepared(name: str, folders: Sequence[pathlib.Path]) -> pathlib.Path | 
     for folder in folders:
         infos = (folder / match["path"]).glob(f"{match['version'] or '*.*.*'}/dataset_info.json")
         versions = [
-            info.parent for info in infos if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
+            info.parent
+            for info in infos
+            if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name) and info.is_file()
         ]
         if versions:
             return max(versions, key=lambda path: [int(part) for part in path.name.split(".")])
@@ -100,8 +103,17 @@ def _builder(folder: pathlib.Path) -> Any:
             f"reading {folder} needs tensorflow-datasets and array_record ({error}): "
             "pip install tensorflow-datasets array_record"
         ) from error
-    builder = tfds.builder_from_directory(folder)
-    form = builder.info.file_format.value
+    try:
+        builder = tfds.builder_from_directory(folder)
+        form = builder.info.file_format.value
+        sizes = {key: split.num_examples for key, split in builder.info.splits.items()}
+        if not sizes or min(sizes.values()) < 0:
+            raise ValueError(f"splits of {sizes} examples")
+    except Exception as error:  # a damaged description raises nearly anything
+        raise UserError(
+            f"{folder} is damaged: its description cannot be read ({reason_of(error)}); prepare it "
+            "again"
+        ) from None
     if form != "array_record":
         raise UserError(
             f"{folder} is stored as {form}, which cannot be read without TensorFlow: prepare it "
@@ -129,7 +141,14 @@ def _chunks(
     source = _builder(folder).as_data_source(split=part)
     shape: tuple[int, ...] | None = None
     for first in range(start, stop, _CHUNK):
-        examples = source.__getitems__(list(range(first, min(first + _CHUNK, stop))))
+        try:
+            examples = source.__getitems__(list(range(first, min(first + _CHUNK, stop))))
+        except Exception as error:  # a damaged record, too
+            last = min(first + _CHUNK, stop) - 1
+            raise UserError(
+                f"{folder} {part}: examples {first} to {last} cannot be read ({reason_of(error)}); "
+                "prepare it again"
+            ) from None
         shapes = {example["image"].shape for example in examples}
         shape = shape or next(iter(shapes))
         if shapes != {shape}:

@@ -1,5 +1,6 @@
 """Local copies that are there already, are damaged, or whose preparation was interrupted."""
 
+import json
 import os
 import pathlib
 import re
@@ -148,3 +149,76 @@ def test_a_folder_in_the_way(
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"cannot write to the data folder .*file"):
         prepare("mnist", source, tmp_path / "file")
+
+
+@pytest.mark.parametrize("file", ["info.json", "train_images.npy", "train_labels.npy", "old"])
+def test_damage_is_refused_or_changes_nothing(
+    prepared: pathlib.Path, mnist: Arrays, file: str
+) -> None:
+    path = prepared / "mnist" / ("info.json" if file == "old" else file)
+    if file == "old":  # from before it had a checksum of its own
+        info = json.loads(path.read_text())
+        del info["sha256"]
+        path.write_text(json.dumps(info))
+    good, data, rng = load("mnist", "train", prepared), path.read_bytes(), np.random.default_rng(0)
+    refused: list[str] = []
+    for _ in range(150):
+        damaged = bytearray(data)
+        for place in rng.integers(len(data), size=rng.integers(1, 4)):
+            damaged[place] = rng.integers(256) if rng.random() < 0.5 else ord("9")
+        path.write_bytes(damaged)
+        try:
+            found = load("mnist", "train", prepared)
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            np.testing.assert_array_equal(found.images, good.images)
+            np.testing.assert_array_equal(found.labels, good.labels)
+            np.testing.assert_allclose([found.mean, found.std], [good.mean, good.std], rtol=2e-5)
+    assert len(refused) > 100
+    assert all(len(said.splitlines()) == 1 and len(said) < 2000 for said in refused)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("mean", "1e999"), ("std", "[1e999]"), ("mean", "[null]"), ("mean", '["1"]')),
+        *(
+            ("files", "[]"),
+            ("files", '{"train_images.npy": 3}'),
+            ("counts", "[[[]]]"),
+            ("mean", "{}"),
+        ),
+        *(("name", "[" * 5000 + "]" * 5000), ("mean", f"[{'9' * 400}]"), ("std", "[-1]")),
+    ],
+)
+def test_odd_values_in_the_description_are_refused(
+    prepared: pathlib.Path, key: str, value: str
+) -> None:
+    path = prepared / "mnist" / "info.json"
+    info = json.loads(path.read_text())
+    info[key] = "HERE"
+    path.write_text(json.dumps(info).replace('"HERE"', value))
+    with pytest.raises(UserError, match=r"info\.json is damaged: ") as caught:
+        load("mnist", "test", prepared)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("file", ["info.json", "test_images.npy"])
+def test_a_pipe_in_place_of_a_file_is_refused(prepared: pathlib.Path, file: str) -> None:
+    (prepared / "mnist" / file).unlink()
+    os.mkfifo(prepared / "mnist" / file)
+    with pytest.raises(UserError, match=r"not prepared|the file is missing"):
+        load("mnist", "test", prepared)
+
+
+def test_a_split_does_not_read_the_other(
+    prepared: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    digest = _local.sha256_file
+    monkeypatch.setattr(_local, "sha256_file", lambda path: read.append(path.name) or digest(path))
+    for _ in range(2):  # the second time nothing has changed
+        load("mnist", "test", prepared)
+    assert sorted(read) == ["test_images.npy", "test_labels.npy"]

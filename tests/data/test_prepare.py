@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -224,6 +225,78 @@ def test_names_that_cannot_be_prepared(tmp_path: pathlib.Path) -> None:
         UserError, match=r"'cifar11' is not known: .* cifar10, fashion_mnist, mnist"
     ):
         prepare("cifar11", tmp_path, tmp_path)
+
+
+# --- hostile sources ------------------------------------------------------------------------------
+
+
+def test_gzip_is_not_unpacked_beyond_its_size(
+    mnist: Arrays, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, publish: Publish
+) -> None:
+    source = publish("idx", tmp_path / "source", mnist, zipped=True)
+    packed = source / "train-images-idx3-ubyte.gz"
+    packed.write_bytes(gzip.compress(bytes(_sources.MOST_BYTES + 1)))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"idx3-ubyte\.gz cannot be read, .*more than 67,108,864"):
+        prepare("mnist", source, tmp_path / "data")
+    assert tracemalloc.get_traced_memory()[1] < 4 * _sources.MOST_BYTES
+    tracemalloc.stop()
+
+
+def test_a_pipe_as_a_source_is_not_waited_for(
+    mnist: Arrays, tmp_path: pathlib.Path, publish: Publish
+) -> None:
+    source = publish("idx", tmp_path / "source", mnist)
+    (source / "train-images-idx3-ubyte").unlink()
+    os.mkfifo(source / "train-images-idx3-ubyte")
+    for given in (source, source / "train-images-idx3-ubyte"):
+        with pytest.raises(UserError, match=r"is missing|no such file"):
+            prepare("mnist", given, tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02]r\xff\xff\xff\x7f.",  # a place in the memo that takes 16 GB
+        b"\x80\x02" + b"N" * 1_000_000 + b".",
+        b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 200 + b"}h\x00Nss.",  # a key of 2^200 parts
+        b"\x80\x02" + b"]" * 1000 + b"a" * 999 + b".",
+        b"\x80\x02\x8b\xff\xff\xff\x7f",
+        b"\x80\x02cnumpy\nndarray\n)R.",
+        b"\x80\x02}}b.",
+        b"\x80\x02\x85.",
+        b"\x80\x02e.",
+        b"cposix\nsystem\n(S'true'\ntR.",
+    ],
+)
+def test_hostile_pickles_end_in_one_line(
+    cifar: Arrays, tmp_path: pathlib.Path, publish: Publish, content: bytes
+) -> None:
+    source = publish("python", tmp_path / "source", cifar)
+    (source / "data_batch_1").write_bytes(content)
+    with pytest.raises(UserError, match=r"data_batch_1 is (not|damaged or not) a batch") as caught:
+        prepare("cifar10", source, tmp_path / "data")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_damaged_pickles_are_refused_or_change_nothing(
+    cifar: Arrays, tmp_path: pathlib.Path, publish: Publish
+) -> None:
+    source = publish("python", tmp_path / "source", cifar)
+    path, rng = source / "data_batch_1", np.random.default_rng(0)
+    refused: list[str] = []
+    data = path.read_bytes()
+    for i in range(150):
+        damaged = bytearray(data)
+        for place in rng.integers(len(data), size=rng.integers(1, 4)):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            prepare("cifar10", source, tmp_path / f"data{i}")
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert all(len(said.splitlines()) == 1 for said in refused)
 
 
 # --- real data ------------------------------------------------------------------------------------

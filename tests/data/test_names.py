@@ -1,0 +1,139 @@
+"""Names of classes and files: those that a run knows, and those that are not UTF-8."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import PIL.Image
+import pytest
+
+import bitmixer_jax
+from bitmixer_jax.data import find_images, prepare, read_images, require_classes
+from bitmixer_jax.errors import UserError
+from tests.data.streams import CLASSES, SKIP, opened
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (["a", "b", "c", "d"], "1 that it does not know (d)"),
+        (["a", "b"], "1 are missing (c)"),
+        (["a", "B", "c"], "1 that it does not know (B); 1 are missing (b)"),
+        (["a", "c", "b"], "in another order: class 1 is c, in the network b"),
+        (["a", "b", "c", "c"], "has 4 classes, some of them twice"),
+        (["a", "b", "c", *map(str, range(1000))], "1000 that it does not know (0, 1, 2, 3, 4"),
+        (["a", "b", "c", "x\ny"], r"(x\ny)"),
+    ],
+)
+def test_other_classes_are_named(found, message):
+    require_classes(["a", "b", "c"], ("a", "b", "c"), "folder:x train")
+    with pytest.raises(UserError) as caught:
+        require_classes(found, ("a", "b", "c"), "folder:x train")
+    said = str(caught.value)
+    assert said.startswith("folder:x train: ")
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert len(said) < 400
+
+
+ODD = [b"\xff\xfe", "été".encode("latin-1"), b"a\nb"]
+
+
+@pytest.fixture
+def odd(pictures):
+    """The pictures, with classes and files of odd names; the folder of training."""
+    train = os.fsencode(pictures / "pictures/train")
+    for i, name in enumerate(ODD):
+        os.rename(train + b"/n%04d" % i, train + b"/" + name)
+        one = sorted(os.listdir(train + b"/" + name))[0]
+        os.rename(train + b"/" + name + b"/" + one, train + b"/" + name + b"/" + name + b".JPEG")
+    shutil.rmtree(pictures / "pictures/val")
+    return pictures
+
+
+def test_names_that_are_not_utf8_are_read_and_kept(odd):
+    data = opened(("folder:pictures", odd))
+    assert sorted(map(os.fsencode, data.classes)) == sorted(ODD)
+    assert json.loads(json.dumps(data.classes)) == list(data.classes)
+    assert {data.source.read(i)[1] for i in range(len(data))} == set(range(CLASSES))
+    assert next(data.evaluation(45)).labels.min() >= 0
+
+
+def test_messages_of_odd_names_are_one_line(odd):
+    train = os.fsencode(odd / "pictures/train")
+    for name in ODD:
+        with open(train + b"/" + name + b"/" + name + b".JPEG", "wb"):
+            pass
+    with pytest.raises(UserError, match="3 of the 45 images") as caught:
+        next(opened(("folder:pictures", odd)).evaluation(45))
+    assert len(str(caught.value).splitlines()) == 1
+    (odd / "pictures/validation").mkdir()
+    (odd / "pictures/validation/x\ny").mkdir()
+    with pytest.raises(UserError, match="classes that") as caught:
+        opened(("folder:pictures", odd), "validation", SKIP)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_images_of_odd_names_are_found_and_refused_in_one_line(tmp_path):
+    for name in ODD:
+        path = os.fsencode(tmp_path) + b"/" + name
+        PIL.Image.new("L", (4, 4)).save(path + b".png")
+    os.mkfifo(tmp_path / "pipe.png")
+    found = find_images(tmp_path)
+    assert sorted(os.fsencode(path.stem) for path in found) == sorted(ODD)
+    assert read_images(found, (4, 4, 1)).shape == (3, 4, 4, 1)
+    for path in found:
+        path.write_bytes(b"")
+        with pytest.raises(UserError) as caught:
+            read_images([path], (4, 4, 1))
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_records_refuse_classes_that_they_cannot_hold(odd, tmp_path):
+    shutil.copytree(odd / "pictures/train", odd / "pictures/val")
+    with pytest.raises(UserError, match="has a name that records cannot hold; rename it"):
+        prepare("imagenet", odd / "pictures", tmp_path / "records")
+
+
+@pytest.mark.parametrize("place", ["~nobody-of-this-name/x", "gs://bucket/x", "a\0b"])
+def test_folders_that_cannot_be(place):
+    with pytest.raises(UserError):
+        opened(("folder:pictures", place))
+    with pytest.raises(UserError):
+        opened((f"folder:{place}", "."))
+
+
+# --- scripts that decoding processes cannot import ---
+
+_SCRIPT = """
+import sys
+from bitmixer_jax.data import StreamSettings, open_split
+
+how = StreamSettings(size=16, resize=20)
+data = open_split("folder:pictures", "train", sys.argv[1], stream=how, workers=int(sys.argv[2]))
+print(len(next(data.evaluation(8)).labels))
+"""
+
+
+@pytest.mark.parametrize("way", ["standard input", "no guard", "no workers"])
+def test_a_missing_main_guard_is_named(pristine, tmp_path, way):
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    source = "-" if way == "standard input" else str(tmp_path / "script.py")
+    done = subprocess.run(
+        [sys.executable, source, str(pristine), "0" if way == "no workers" else "1"],
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(bitmixer_jax.__file__).parents[1])},
+        input=_SCRIPT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if way == "no workers":
+        assert done.stdout.split() == ["8"]
+        return
+    last = done.stderr.splitlines()[-1]
+    assert 'if __name__ == "__main__"' in last
+    assert "config.workers=0" in last
+    assert ("<stdin> is no file" in last) == (way == "standard input")
