@@ -13,7 +13,7 @@ import numpy as np
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import write_new
-from bitmixer_jax.json_files import read_document
+from bitmixer_jax.json_files import read_document, shown
 
 FRONT_FORMAT = "bitmixer-front"
 FRONT_VERSION = 1
@@ -145,10 +145,12 @@ def load_front(
     return Front(points=points, names=tuple(names), choices=space.choices, notes=notes, **text)
 
 
-def _point(entry: Mapping[str, Any]) -> Point:
+def _point(entry: Any) -> Point:
     """Reads a point; raises TypeError, ValueError or KeyError where it is none."""
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"{shown(entry)} is not a point")
     if set(entry) != {field.name for field in dataclasses.fields(Point)}:
-        raise ValueError(f"a point has the fields {', '.join(sorted(map(str, entry)))}")
+        raise ValueError(f"a point has the fields {shown(sorted(entry))}")
     widths = entry["widths"]
     if not isinstance(widths, list) or not all(type(w) is int for w in widths):
         raise ValueError("widths must be whole numbers")

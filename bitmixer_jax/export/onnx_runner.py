@@ -125,9 +125,8 @@ class OnnxRunner:
             if not set(given) <= set(self.space.choices):
                 read.fail("policy is not of its choices")
             self.policy = np.asarray(given, np.int32)
-        wanted: dict[str, tuple[str, tuple[int, ...]]] = {
-            "images": ("tensor(uint8)", self.image_shape)
-        }
+        wanted: dict[str, tuple[str, tuple[int, ...]]]
+        wanted = {"images": ("tensor(uint8)", self.image_shape)}
         if self.switchable:
             wanted["policy"] = ("tensor(int64)", ())
         found = {value.name: value for value in self._session.get_inputs()}
