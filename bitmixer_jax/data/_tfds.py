@@ -101,6 +101,9 @@ def _builder(folder: pathlib.Path) -> Any:
             "pip install tensorflow-datasets array_record"
         ) from error
     try:
+        for path in folder.iterdir():  # a pipe among them would be waited for
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path.name} is not a regular file")
         builder = tfds.builder_from_directory(folder)
         form = builder.info.file_format.value
         sizes = {key: split.num_examples for key, split in builder.info.splits.items()}
