@@ -13,7 +13,8 @@ from bitmixer_jax.data._dataset import Dataset, histogram_stats, histograms
 from bitmixer_jax.data._encoded import open_records
 from bitmixer_jax.data._names import reason_of
 from bitmixer_jax.data._splits import parse_split
-from bitmixer_jax.data.streams import Streamed, StreamSettings
+from bitmixer_jax.data.settings import StreamSettings
+from bitmixer_jax.data.streams import Streamed
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import user_path
 

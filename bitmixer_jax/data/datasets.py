@@ -12,7 +12,8 @@ from bitmixer_jax.data._encoded import open_folder
 from bitmixer_jax.data._local import load_local
 from bitmixer_jax.data._specs import SPECS
 from bitmixer_jax.data._splits import parse_split
-from bitmixer_jax.data.streams import Streamed, StreamSettings
+from bitmixer_jax.data.settings import StreamSettings
+from bitmixer_jax.data.streams import Streamed
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import user_path
 

@@ -139,9 +139,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BITMIXER_DATA", raising=False)
     monkeypatch.setattr(pathlib.Path, "expanduser", homeless)
     assert len(open_split("digits", "test")) == 360
-    with pytest.raises(
-        UserError, match="no home folder: say where data sets are"
-    ):
+    with pytest.raises(UserError, match="no home folder: say where data sets are"):
         load("mnist", "test")
 
 
