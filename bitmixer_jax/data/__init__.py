@@ -7,7 +7,8 @@ from bitmixer_jax.data.datasets import default_data_dir, load, open_split
 from bitmixer_jax.data.image_files import ImageReader, find_images, read_images
 from bitmixer_jax.data.order import Order
 from bitmixer_jax.data.prepare import prepare
-from bitmixer_jax.data.streams import Loader, Streamed, StreamSettings
+from bitmixer_jax.data.settings import StreamSettings
+from bitmixer_jax.data.streams import Loader, Streamed
 
 __all__ = [
     "Dataset",

@@ -13,7 +13,8 @@ from bitmixer_jax.data._dataset import Dataset, histogram_stats, histograms
 from bitmixer_jax.data._encoded import open_records
 from bitmixer_jax.data._names import reason_of
 from bitmixer_jax.data._splits import parse_split
-from bitmixer_jax.data.streams import Streamed, StreamSettings
+from bitmixer_jax.data.settings import StreamSettings
+from bitmixer_jax.data.streams import Streamed
 from bitmixer_jax.errors import UserError
 
 _NAME = re.compile(r"(?P<path>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<version>\d+\.\d+\.\d+))?")
@@ -104,6 +105,9 @@ def _builder(folder: pathlib.Path) -> Any:
             "pip install tensorflow-datasets array_record"
         ) from error
     try:
+        for path in folder.iterdir():  # a pipe among them would be waited for
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path.name} is not a regular file")
         builder = tfds.builder_from_directory(folder)
         form = builder.info.file_format.value
         sizes = {key: split.num_examples for key, split in builder.info.splits.items()}

@@ -12,7 +12,8 @@ from bitmixer_jax.data._encoded import open_folder
 from bitmixer_jax.data._local import load_local
 from bitmixer_jax.data._specs import SPECS
 from bitmixer_jax.data._splits import parse_split
-from bitmixer_jax.data.streams import Streamed, StreamSettings
+from bitmixer_jax.data.settings import StreamSettings
+from bitmixer_jax.data.streams import Streamed
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import user_path
 
@@ -20,20 +21,17 @@ DATA_DIR_VARIABLE = "BITMIXER_DATA"
 
 
 def default_data_dir() -> pathlib.Path:
-    """Returns where data sets live: `$BITMIXER_DATA`, or else `~/.cache/bitmixer`.
-
-    A user without a home folder (in a container, for example) gets the path as it is written
-    here: nothing is found there, and `prepare` asks for a folder.
-    """
-    return expanded(os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/bitmixer")
-
-
-def expanded(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns a path with ``~`` expanded, where this user has a home folder."""
+    """Returns where data sets live: `$BITMIXER_DATA`, or else `~/.cache/bitmixer`."""
+    given = os.environ.get(DATA_DIR_VARIABLE)
+    if given:
+        return user_path(given)
     try:
-        return pathlib.Path(path).expanduser()
-    except RuntimeError:
-        return pathlib.Path(path)
+        return user_path("~/.cache/bitmixer")
+    except UserError:
+        raise UserError(
+            f"this user has no home folder: say where data sets are, by {DATA_DIR_VARIABLE} in the "
+            "environment or by data_dir"
+        ) from None
 
 
 def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -100,6 +98,8 @@ def open_split(
     Raises:
       UserError: as `load`; or classes, or files of records, are missing or unreadable.
     """
+    if name == "digits":  # needs no folder, nor a home for one
+        return load(name, split)
     folder = default_data_dir() if data_dir is None else user_path(data_dir)
     folders = [folder, _tfds.default_dir()] if data_dir is None else [folder]
     known_as = _find_imagenet(folder, folders) if name == "imagenet" else name
@@ -107,7 +107,7 @@ def open_split(
         root = folder / user_path(known_as.removeprefix("folder:"))
         source, classes = open_folder(root, split, stream.skip_unreadable)
         return Streamed(name, split, classes, source, stream, workers)
-    if name != "digits" and name not in SPECS:
+    if name not in SPECS:
         of_tfds = known_as.removeprefix("tfds:")
         if known_as.startswith("tfds:") or _tfds.find_prepared(of_tfds, folders) is not None:
             found = _tfds.stream_prepared(name, of_tfds, split, folders, stream, workers)

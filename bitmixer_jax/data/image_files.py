@@ -13,7 +13,8 @@ import numpy as np
 from bitmixer_jax.data._names import one_line, reason_of
 from bitmixer_jax.data.crops import centre_box, read_crop
 from bitmixer_jax.data.decode import MOST_BYTES, SUFFIXES, decode
-from bitmixer_jax.data.streams import MEAN, StreamSettings
+from bitmixer_jax.data.settings import StreamSettings
+from bitmixer_jax.data.streams import MEAN
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import read_bytes, user_path
 

@@ -7,7 +7,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bitmixer_jax.data.streams import MEAN, StreamSettings
+from bitmixer_jax.data.settings import StreamSettings
+from bitmixer_jax.data.streams import MEAN
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import cannot_write, read_json, user_path, write_whole
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitmixer_jax.data import Dataset, default_data_dir, load
+from bitmixer_jax.data import Dataset, default_data_dir, load, open_split
 from bitmixer_jax.data._dataset import channel_stats
 from bitmixer_jax.errors import UserError
 
@@ -128,6 +128,19 @@ def test_default_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Pat
         load("mnist", "train")
     monkeypatch.delenv("BITMIXER_DATA")
     assert default_data_dir() == pathlib.Path.home() / ".cache" / "bitmixer"
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(self: pathlib.Path) -> pathlib.Path:
+        if str(self).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return self
+
+    monkeypatch.delenv("BITMIXER_DATA", raising=False)
+    monkeypatch.setattr(pathlib.Path, "expanduser", homeless)
+    assert len(open_split("digits", "test")) == 360
+    with pytest.raises(UserError, match="no home folder: say where data sets are"):
+        load("mnist", "test")
 
 
 def test_importing_is_light() -> None:

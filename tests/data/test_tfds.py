@@ -1,6 +1,7 @@
 """Data sets of tensorflow-datasets: a tiny one is prepared and loaded, without TensorFlow."""
 
 import io
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -172,3 +173,43 @@ def test_tfds_that_cannot_be_used(prepare_tfds: Prepare, tmp_path: pathlib.Path)
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match=r"stored as tfrecord, .* file_format='array_record'"):
         load("toy_set:1.0.6", "test", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"name": 3}', b"\xff\xfe"])
+def test_a_damaged_description_is_one_line(
+    prepare_tfds: Prepare, tmp_path: pathlib.Path, content: bytes
+) -> None:
+    folder = prepare_tfds()
+    (folder / "dataset_info.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"toy_set/1\.0\.0 is damaged") as caught:
+        load("tfds:toy_set", "train", tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_damaged_records_are_one_line(prepare_tfds: Prepare, tmp_path: pathlib.Path) -> None:
+    folder = prepare_tfds()
+    file = next(folder.glob("*train*"))
+    data = bytearray(file.read_bytes())
+    data[65536 + 100 : 65536 + 200] = bytes(100)
+    file.write_bytes(data[:-100])
+    with pytest.raises(UserError) as caught:
+        load("tfds:toy_set", "train", tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_pipe_in_place_of_the_description_is_no_data_set(
+    prepare_tfds: Prepare, tmp_path: pathlib.Path
+) -> None:
+    info = prepare_tfds() / "dataset_info.json"
+    info.unlink()
+    os.mkfifo(info)
+    with pytest.raises(UserError, match="is not prepared"):
+        load("tfds:toy_set", "train", tmp_path)
+
+
+def test_a_pipe_among_the_files_is_refused(prepare_tfds: Prepare, tmp_path: pathlib.Path) -> None:
+    file = prepare_tfds() / "features.json"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=r"damaged: .*features.json is not a regular file"):
+        load("tfds:toy_set", "train", tmp_path)
