@@ -24,7 +24,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def one_line(call, *arguments, match=""):
+def one_line(call, *arguments, match=None):
     with pytest.raises(UserError, match=match) as caught:
         call(*arguments)
     assert len(str(caught.value).splitlines()) == 1
