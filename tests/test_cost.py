@@ -293,7 +293,7 @@ def test_seconds_are_finite_numbers_from_zero(latency, seconds):
 @pytest.mark.parametrize("seconds", [float("inf"), float("nan")])
 def test_numbers_that_are_not_finite_are_no_json(latency, seconds):
     path = latency(layers={**FULL, FIRST: {"2": 0.1, "3": seconds, "4": 0.1}})
-    with pytest.raises(bm.UserError, match="not a latency file .* is not JSON"):
+    with pytest.raises(bm.UserError, match=r"not a latency file .* is not JSON"):
         load_latency(path, tiny())
 
 
