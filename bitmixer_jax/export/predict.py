@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -39,7 +40,7 @@ def predict_files(
         raise UserError(f"--top {top}: give 1 or more")
     if not paths:
         raise UserError("predict: name an image file")
-    if model.endswith(".onnx") and not user_path(model).is_dir():
+    if model.endswith(".onnx") and not os.path.isdir(user_path(model)):
         logits, classes = _by_onnx(model, paths, policy, changes)
     else:
         runtime = Runtime.load(model, batch_size=min(64, len(paths)))

@@ -165,13 +165,13 @@ def export_workdir(
     out = user_path(out)
     if not out.name:
         raise UserError(f"--out {out}: names no file")
+    _names(out)
     check_free(out, overwrite, folder=settings.format == "pytorch")
     own = {"model.py", "weights.safetensors", "__pycache__"}
     if out.is_dir() and not {file.name for file in out.iterdir()} <= own:
         raise UserError(f"--out {out}: holds more than an export; name another folder")
     if out.exists() and not (out.is_file() or out.is_dir()):
         raise UserError(f"--out {out}: a device or a pipe; name a file")
-    _names(out)
     with hold(out.with_name(f".{out.name}.lock"), f"--out {out}"):
         return _export(workdir, out, settings, overwrite)
 

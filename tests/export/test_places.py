@@ -24,7 +24,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def one_line(call, *arguments, match=""):
+def one_line(call, *arguments, match=None):
     with pytest.raises(UserError, match=match) as caught:
         call(*arguments)
     assert len(str(caught.value).splitlines()) == 1
@@ -85,7 +85,8 @@ def test_odd_places_are_refused_before_the_work(trained, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     for out in ("gs://bucket/net", "net\0", "x" * 250, "x" * 300, "/", "no/such/folder", "\ud800"):
         place = out if "/" in out or "\0" in out else tmp_path / out
-        one_line(export_workdir, str(trained), place, QUICK)
+        for form in ("packed", "pytorch"):
+            one_line(export_workdir, str(trained), place, Settings(format=form))
     for out in (tmp_path / "pipe", "/dev/null"):
         one_line(export_workdir, str(trained), out, QUICK, True, match="a device or a pipe")
     assert names(tmp_path) == ["pipe"]
