@@ -177,9 +177,13 @@ def check_free(
     path: pathlib.Path, overwrite: bool = False, what: str = "--out", folder: bool = False
 ) -> None:
     """Says before the work that a file, or folder, cannot be written or is there: `check_new`."""
-    if not (folder and path.is_dir()):
-        check_new(path, what)
-    if path.exists() and not overwrite:
+    try:
+        if not (folder and path.is_dir()):
+            check_new(path, what)
+        there = path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise cannot_write(path, error, what) from None
+    if there and not overwrite:
         raise UserError(f"{what} {path}: it is there already; name another, or --overwrite")
 
 

@@ -31,7 +31,6 @@ from bitmixer_jax.runs import choose_policy
 from bitmixer_jax.runtime import Runtime
 from bitmixer_jax.training import Run, load_trained
 from bitmixer_jax.training.checkpoints import digest
-from bitmixer_jax.training.claims import parse_source, read_config
 
 FORMATS = ("packed", "onnx", "pytorch", "safetensors", "stablehlo")
 
@@ -111,7 +110,8 @@ class Source:
             self.runtime.check(self.policy)
         test = self.run.load(self.run.test_split, settings.data_dir)
         self.images = test.subset(np.arange(min(settings.images, len(test)))).images
-        about = read_config(parse_source(workdir)[0])["made_for"]
+        about = self.run.data_info
+        assert about is not None  # `load_trained` sets it
         self.deployed: Deployed = deploy(
             self.model,
             self.variables,
