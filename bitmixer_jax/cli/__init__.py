@@ -43,6 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def command_line() -> None:
+    """Runs the command that the process was started with, and ends the process."""
+    status = main()
+    if status == 2:
+        # What went wrong was said in one line. On a full disk, threads of orbax and TensorBoard
+        # would add their tracebacks while the interpreter shuts down.
+        os._exit(status)
+    sys.exit(status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 

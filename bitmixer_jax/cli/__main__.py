@@ -1,7 +1,5 @@
 """``python -m bitmixer_jax.cli``."""
 
-import sys
+from bitmixer_jax.cli import command_line
 
-from bitmixer_jax.cli import main
-
-sys.exit(main())
+command_line()

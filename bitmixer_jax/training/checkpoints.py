@@ -69,6 +69,8 @@ class Checkpoints:
         # logs errors that it raises as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._ocp = ocp
+        # Writes go on behind the training, so they must be quiet until the folder is closed.
+        self._loud = (lambda: None) if read_only else _silence()
         self.folder = (pathlib.Path(workdir) / "checkpoints").absolute()
         try:
             if not read_only:
@@ -288,6 +290,7 @@ class Checkpoints:
         """Waits for what is being saved, and lets go of the folder."""
         self.wait()
         self._manager.close()
+        self._loud()
 
 
 def _check_machine(path: pathlib.Path, error: BaseException) -> None:
@@ -339,19 +342,36 @@ def _quiet_reads() -> Iterator[None]:
     Reads that were under way when one failed end later, on other threads, each with a traceback
     about a closed event loop. So after a failure the filter stays.
     """
-    logger, before = logging.getLogger("asyncio"), sys.unraisablehook
-    level = logger.level
-
-    def filtered(unraisable: Any) -> None:
-        about = f"{unraisable.exc_value} {unraisable.object!r}"
-        if "Event loop is closed" not in about and "_read_" not in about:
-            before(unraisable)
-
-    sys.unraisablehook = filtered
-    logger.setLevel(logging.CRITICAL)
+    loud = _silence()
     yield
-    sys.unraisablehook = before
-    logger.setLevel(level)
+    loud()
+
+
+def _silence() -> Callable[[], None]:
+    """Drops what threads of orbax and tensorstore print after a failure that is raised anyway.
+
+    Returns:
+      a function that undoes it.
+    """
+    logger = logging.getLogger("asyncio")
+    level, unraisable, uncaught = logger.level, sys.unraisablehook, sys.excepthook
+
+    def drop_unraisable(found: Any) -> None:
+        about = f"{found.exc_value} {found.object!r}"
+        if "Event loop is closed" not in about and "_read_" not in about:
+            unraisable(found)
+
+    def drop_uncaught(kind: Any, error: BaseException, trace: Any) -> None:
+        if "Event loop is closed" not in str(error):
+            uncaught(kind, error, trace)
+
+    def undo() -> None:
+        logger.setLevel(level)
+        sys.unraisablehook, sys.excepthook = unraisable, uncaught
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook, sys.excepthook = drop_unraisable, drop_uncaught
+    return undo
 
 
 def _shapes_by_name(tree: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -53,8 +54,11 @@ class Metrics:
         """Writes what is buffered."""
         if not self._write:
             return
-        self._file.close()
-        self._board.close()
+        # Every record was flushed when it was written: an error that comes now, on a full disk,
+        # would only hide the one that ended the training.
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _end_cut_line(file: TextIO) -> None:
