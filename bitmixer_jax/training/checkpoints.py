@@ -138,7 +138,7 @@ class Checkpoints:
             denied = isinstance(error, OSError) or any(sign in text for sign in signs)
             if not (full or denied):
                 raise
-            what = "the disk is full" if full else f"cannot write ({text.splitlines()[0]})"
+            what = "the disk is full" if full else f"cannot write ({_brief(error)})"
             last = max(self._manager.all_steps(read=True), default=None)
             kept = "none was saved before" if last is None else f"that of step {last} is whole"
             raise UserError(

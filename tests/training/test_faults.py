@@ -174,6 +174,15 @@ def test_output_that_cannot_be_written_ends_in_one_line():
     )
 
 
+def test_a_limit_on_the_size_of_files_ends_training_in_one_line(tmp_path):
+    words = f"train --config {CONFIG}:float --workdir {tmp_path / 'run'}"
+    line = f"ulimit -f 20; {sys.executable} -m bitmixer_jax.cli {words}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "checkpoints: cannot write" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["| true", "| head -1", "1>&-", "2>&-", "<&- 1>&- 2>&-"])
 def test_closed_outputs_end_nothing(tmp_path, command):
     policy = tmp_path / "policy.json"
