@@ -28,9 +28,9 @@ def path(tmp_path_factory):
 
 
 def old(model):
-    """Bytes as version 1 of the format wrote them, without a checksum."""
+    """Bytes as version 1 of the format wrote them: no checksum, no way of reading images."""
     for entry in list(model.metadata_props):
-        if entry.key == "sha256":
+        if entry.key in ("sha256", "images"):
             model.metadata_props.remove(entry)
         if entry.key == "version":
             entry.value = "1"

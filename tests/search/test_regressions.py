@@ -142,7 +142,7 @@ def measure(policies):
 
 def test_scores_of_another_network_are_said_to_be(tmp_path):
     path = tmp_path / "scores.jsonl"
-    ScoreBook(measure, path, ABOUT)
+    path.write_text(HEADER)
     with pytest.raises(bm.UserError, match="another network or of other images"):
         ScoreBook(measure, path, {"network": "1"})
 
@@ -177,7 +177,6 @@ def test_every_cut_of_the_header_is_mended(tmp_path):
 def test_scores_that_cannot_be_noted_are_one_line(tmp_path):
     path = tmp_path / "scores.jsonl"
     book = ScoreBook(measure, path, ABOUT)
-    path.unlink()
     path.mkdir()
     with pytest.raises(bm.UserError, match="cannot write there"):
         book(np.asarray([[2, 2]], np.int32))
