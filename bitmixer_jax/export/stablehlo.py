@@ -16,10 +16,12 @@ constants, so it is about a quarter of the size that the simulated network would
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pathlib
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -57,7 +59,8 @@ def export_stablehlo(
         jax.ShapeDtypeStruct((batch, *deployed.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((len(deployed.layers),), jnp.int32),
     )
-    exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(*shapes)
+    with _no_locations():
+        exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(*shapes)
     about = {key: value for key, value in describe(deployed).items() if key != "graph"}
     about["layers"] = list(deployed.names)
     content = io.BytesIO()
@@ -119,6 +122,17 @@ class StablehloRunner:
         """
         images = check_images(images, self.image_shape)
         return np.asarray(self._call(images, check_policy(policy, self.space, len(self.names))))
+
+
+@contextlib.contextmanager
+def _no_locations() -> Iterator[None]:
+    """Keeps lines of source out of what is lowered: they hold paths of the machine."""
+    limit = jax.config.values["jax_traceback_in_locations_limit"]
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
 def _need_flatbuffers() -> None:

@@ -56,6 +56,13 @@ def test_it_is_for_three_platforms(path):
     assert StablehloRunner(path)._exported.platforms == ("cpu", "cuda", "tpu")
 
 
+def test_no_path_of_the_machine_is_in_the_file(path):
+    with zipfile.ZipFile(path) as file:
+        programme = file.read("network.bin")
+    for folder in (os.path.dirname(jax.__file__), os.path.dirname(stablehlo.__file__)):
+        assert folder.encode() not in programme
+
+
 def test_the_loader_in_the_documentation_runs(path, monkeypatch):
     example = re.search(r"\n\n(    import json.*?)\n\n[^ ]", stablehlo.__doc__, re.S)[1]
     monkeypatch.chdir(path.parent)
