@@ -6,8 +6,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 python=${PYTHON:-python3}
-cp -r "$root" "$place/source"
-rm -rf "$place/source/.venv" "$place/source/build" "$place/source"/*.egg-info "$place/source/runs"
+mkdir "$place/source"
+(cd "$root" && git ls-files -z | xargs -0 cp --parents -t "$place/source")
 "$python" -m venv "$place/env"
 "$place/env/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$place" "$place/source"
 cp "$root/experiments/configs/digits.py" "$root/docs/figures/digit.png" "$root/constraints.txt" "$place"

@@ -1,4 +1,4 @@
-"""Zip archives from elsewhere, which must not unpack to more than they are."""
+"""Checks of untrusted zip archives: their parts must be stored without compression."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _BROKEN = (
 
 
 def refuse_bombs(path: pathlib.Path, file: BinaryIO) -> None:
-    """Refuses a zip archive whose parts are larger than the archive; anything else passes.
+    """Refuses a zip archive whose parts are larger than the archive. Other files pass.
 
-    Leaves the file at its start.
+    The position in the file is its start afterwards.
 
     Raises:
       UserError: the archive is compressed, or says sizes that it cannot hold.
@@ -33,8 +33,8 @@ def refuse_bombs(path: pathlib.Path, file: BinaryIO) -> None:
     file.seek(0)
     if held > size:
         raise UserError(
-            f"{path}: a damaged archive, or a compressed one: its parts have {held:,} bytes, it "
-            f"has {size:,}; save it anew without compression"
+            f"{path}: the archive has {size:,} bytes but its parts claim {held:,}: it is "
+            "compressed or damaged; save it again without compression"
         )
 
 
@@ -42,7 +42,7 @@ def read_parts(file: BinaryIO, names: tuple[str, ...]) -> list[bytes]:
     """Reads parts of a zip archive that is not compressed; their checksums are verified.
 
     Raises:
-      ValueError: it is no such archive, lacks a part, or is damaged.
+      ValueError: it is no zip archive, is compressed, has other parts, or is damaged.
     """
     try:
         with zipfile.ZipFile(file) as archive:

@@ -92,7 +92,11 @@ class BitSpace:
         """
         try:
             policy = np.asarray(widths)
-        except (ValueError, RuntimeError):  # rows of different lengths; what torch cannot give
+        except (
+            ValueError,
+            RuntimeError,
+            TypeError,
+        ):  # rows of different lengths; what torch cannot give
             policy = np.zeros(0)
         if policy.ndim not in (1, 2) or not np.issubdtype(policy.dtype, np.integer):
             raise UserError(

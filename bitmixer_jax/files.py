@@ -1,7 +1,7 @@
-"""Files: bounded reading of regular files, whole writing, and locks that die with their process.
+"""Reads regular files up to a size limit, writes files atomically, and locks them.
 
-Nothing that a user made is overwritten in silence, and nothing but a regular file is read: a pipe
-or a device in place of a file would make a command wait for ever.
+Files are overwritten only on request. Only regular files are read: reading a pipe or a device may
+block for ever.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import pathlib
 import socket
 import stat
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,8 @@ from bitmixer_jax.errors import UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JSON_LIMIT = 64 * 2**20  # bytes
+# What flock says on file systems that know no locks, such as Lustre mounted without them.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def user_path(text: str | os.PathLike[str]) -> pathlib.Path:
@@ -102,15 +106,23 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file whole or not at all, in place of one that is there. Raises OSError."""
+    """Writes a file atomically. Replaces a file that exists and keeps its permissions.
+
+    Raises:
+      OSError: it cannot be written; a file that exists is unchanged.
+    """
     path = pathlib.Path(path)
     data = content.encode() if isinstance(content, str) else content
-    if path.exists() and not path.is_file():  # such as /dev/stdout: renaming would replace it
+    device = pathlib.Path("/dev") in path.absolute().parents  # such as /dev/stdout, a file or not
+    if device or (path.exists() and not path.is_file()):
         path.write_bytes(data)
         return
-    partial = path.with_name(f".{path.name[:100]}.{os.getpid()}.partial")
+    path = pathlib.Path(os.path.realpath(path))  # a link stays a link
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
+            if path.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -123,21 +135,20 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 def write_new(
     path: str | os.PathLike[str], content: str | bytes, *, overwrite: bool = False
 ) -> None:
-    """Writes a file whole or not at all; the same content again is no change.
+    """Writes a file atomically. Writing the content that it has already is no change.
 
     Raises:
-      UserError: it is there with other content and ``overwrite`` is false, or it cannot be written.
+      UserError: the file exists with other content and ``overwrite`` is false, or it cannot be
+        written.
     """
     path = user_path(path)
     data = content.encode() if isinstance(content, str) else content
     check_new(path)
     try:
         if path.exists() and not overwrite:
-            if read_bytes(path) == data:
+            if path.stat().st_size == len(data) and read_bytes(path) == data:
                 return
-            raise UserError(
-                f"{path}: a file is there already; take another name or ask to overwrite"
-            )
+            raise UserError(f"{path}: already exists; choose another path, or ask to overwrite")
         write_whole(path, data)
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -155,7 +166,7 @@ def cannot_write(path: str | os.PathLike[str], error: OSError, what: str = "") -
 
 
 def check_new(path: pathlib.Path, what: str = "") -> None:
-    """Says before the work, not after it, that a file could not be written.
+    """Checks that a file can be written, so that a command fails before its work.
 
     Args:
       what: the flag that named it, for the message.
@@ -176,19 +187,19 @@ def check_new(path: pathlib.Path, what: str = "") -> None:
 def check_free(
     path: pathlib.Path, overwrite: bool = False, what: str = "--out", folder: bool = False
 ) -> None:
-    """Says before the work that a file, or folder, cannot be written or is there: `check_new`."""
+    """Checks that a file, or a folder, can be written and does not exist: see `check_new`."""
     try:
         if not (folder and path.is_dir()):
             check_new(path, what)
-        there = path.exists()
+        exists = path.exists()
     except OSError as error:  # such as a name that is too long
         raise cannot_write(path, error, what) from None
-    if there and not overwrite:
-        raise UserError(f"{what} {path}: it is there already; name another, or --overwrite")
+    if exists and not overwrite:
+        raise UserError(f"{what} {path}: already exists; choose another path, or give --overwrite")
 
 
 def check_folder(path: pathlib.Path, what: str = "--out") -> None:
-    """Says before the work that a folder could not be made, or written in. Raises UserError."""
+    """Checks that a folder can be made, or written in. Raises UserError."""
     try:
         there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
         usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
@@ -202,12 +213,13 @@ def check_folder(path: pathlib.Path, what: str = "--out") -> None:
 def hold(path: pathlib.Path, what: str) -> Iterator[None]:
     """Holds the lock file ``path`` while the block runs, so that no second process enters it.
 
-    The operating system frees the lock when the process ends, however it ends; network drives
-    (NFS) pass it on to their server. The file is removed at the end of the block.
+    The operating system frees the lock when the process ends, however it ends. On NFS the server
+    holds it, so it works between machines. On a file system without locks the block runs without
+    one, with a warning. The file is removed at the end of the block.
 
     Args:
       path: the lock file; its folder exists.
-      what: what is being used, for the message.
+      what: what is locked, for the message.
 
     Raises:
       UserError: another process holds the lock, or the file cannot be written.
@@ -216,7 +228,7 @@ def hold(path: pathlib.Path, what: str) -> Iterator[None]:
         number = _locked(path)
     except BlockingIOError:
         raise UserError(
-            f"{what}: another process{_holder(path)} is using it; wait until that one has ended"
+            f"{what}: in use by another process{_holder(path)}; wait until it ends"
         ) from None
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -227,7 +239,8 @@ def hold(path: pathlib.Path, what: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()
+            if _is_open_as(number, path):  # another process may have made it anew
+                path.unlink()
         os.close(number)
 
 
@@ -235,28 +248,38 @@ def _locked(path: pathlib.Path) -> int:
     """Opens and locks a file. Raises BlockingIOError where it is locked already."""
     import fcntl
 
-    while True:
+    for _ in range(100):
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            try:
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise BlockingIOError(errno.EWOULDBLOCK, "locked") from None
-                raise
-            # The process that held the lock may have removed the file in between.
-            if os.fstat(number).st_ino == os.stat(path).st_ino:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                logging.getLogger(__name__).warning(
+                    "%s: this file system has no locks (%s); do not start a second process there",
+                    *(path, error.strerror),
+                )
                 return number
-        except FileNotFoundError:
-            pass
-        except BaseException:
             os.close(number)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise BlockingIOError(errno.EWOULDBLOCK, "locked") from None
             raise
+        # The process that held the lock may have removed the file in between: then open it anew.
+        if _is_open_as(number, path):
+            return number
         os.close(number)
+    raise OSError(errno.EAGAIN, "the lock file changes all the time", os.fspath(path))
+
+
+def _is_open_as(number: int, path: pathlib.Path) -> bool:
+    """Returns whether the open file ``number`` is the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(number), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _holder(path: pathlib.Path) -> str:
-    """Returns " (12 on HOST)": number and machine of the process that holds a lock, if known."""
+    """Returns " (12 on HOST)", the process that holds a lock, or "" if it is not known."""
     try:
         text = read_bytes(path, 1000).decode(errors="replace")
     except OSError:

@@ -19,8 +19,9 @@ def check_images(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
     wanted = f"give uint8 (N, {', '.join(map(str, image_shape))}), N at least 1"
     try:
         given = np.asarray(images)
-    except (ValueError, RuntimeError):
-        raise UserError(f"images: of different shapes; {wanted}") from None
+    except (ValueError, RuntimeError, TypeError) as error:  # such as tensors on another device
+        line = str(error).partition("\n")[0][:200]
+        raise UserError(f"images: numpy cannot read them ({line}); {wanted}") from None
     if given.dtype != np.uint8 or given.shape[1:] != tuple(image_shape) or not len(given):
         raise UserError(f"images: got {given.dtype} {given.shape}; {wanted}")
     return given
@@ -37,7 +38,7 @@ def check_policy(policy: Any, space: BitSpace, num_layers: int) -> np.ndarray:
     """
     try:
         alone = np.asarray(policy)
-    except (ValueError, RuntimeError):  # `BitSpace.check` says what is wrong
+    except (ValueError, RuntimeError, TypeError):  # `BitSpace.check` says what is wrong
         alone = np.zeros(0)
     if alone.ndim == 0 and np.issubdtype(alone.dtype, np.integer):
         policy = np.full(num_layers, alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +16,21 @@ def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
     # that of a notebook. Figures are drawn to files here, so the backend does not matter.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
+            with contextlib.suppress(ValueError):  # not installed
+                matplotlib.rcParams["backend"] = backend
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, 1, sharex=True)
+
+
+def literal(text: str) -> str:
+    """Returns a text for a plot as it stands: two dollar signs would make it a formula."""
+    return text.replace("$", r"\$")
 
 
 def short_names(names: Sequence[str]) -> list[str]:

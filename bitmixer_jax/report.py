@@ -12,7 +12,7 @@ import numpy as np
 from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.files import cannot_write, write_whole
 from bitmixer_jax.models import Network
-from bitmixer_jax.plotting import COLORS, new_figure, short_names
+from bitmixer_jax.plotting import COLORS, literal, new_figure, short_names
 from bitmixer_jax.training.metrics import number_at, read_metrics
 
 
@@ -127,7 +127,7 @@ def plot_curves(path: pathlib.Path, workdir: pathlib.Path) -> None:
                 series.setdefault(name, []).append((at, top1))
     for color, (name, points) in zip(COLORS * 3, series.items(), strict=False):
         x, y = zip(*points, strict=True)
-        bottom.plot(x, [100 * v for v in y], marker="o", ms=3, label=name, color=color)
+        bottom.plot(x, [100 * v for v in y], marker="o", ms=3, label=literal(name), color=color)
     bottom.set(xlabel="epoch", ylabel="test accuracy (%)")
     if series:
         bottom.legend()
@@ -138,7 +138,7 @@ def plot_curves(path: pathlib.Path, workdir: pathlib.Path) -> None:
     for i, (name, begin) in enumerate(starts.items()):
         for axis in (top, bottom):
             axis.axvspan(begin, edges[i + 1], color="0.5", alpha=0.06 if i % 2 else 0.14, lw=0)
-        top.text(begin, 1.02, f" {name}", transform=top.get_xaxis_transform(), fontsize=9)
+        top.text(begin, 1.02, f" {literal(name)}", transform=top.get_xaxis_transform(), fontsize=9)
     figure.savefig(path, dpi=120)
 
 

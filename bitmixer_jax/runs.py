@@ -13,6 +13,7 @@ from bitmixer_jax import data as datasets
 from bitmixer_jax.bits import parse_changes, parse_policy, with_widths
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, NeverVisited, evaluate
+from bitmixer_jax.files import user_path
 from bitmixer_jax.levels import levels_used
 from bitmixer_jax.models import Network, create_model
 from bitmixer_jax.pairs import covering_policies, never_visited, recalibrate
@@ -171,7 +172,7 @@ def _recalibrated(
 def _float_reference(run: Run) -> float | None:
     """Accuracy of the float twin that a run started from or learned from, if there is one."""
     for workdir in (run.init_from, run.teacher):
-        if not workdir or pathlib.Path(workdir).is_file():
+        if not workdir or user_path(workdir).is_file():
             continue
         try:
             source, model, variables = load_trained(workdir)

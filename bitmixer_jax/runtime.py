@@ -116,17 +116,17 @@ class Runtime:
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Says how `pickle` and `copy` make another: they load its source again.
+        """Supports `pickle` and `copy`: the copy loads the same source again.
 
-        The policy in force goes along; programmes of their own (`specialize`) do not.
+        The copy has the policy in force; it has no programmes of `specialize`.
 
         Raises:
-          TypeError: it was made from a network in memory.
+          TypeError: this runtime was made from a network in memory.
         """
         if self._source is None:
             raise TypeError(
-                "a Runtime of a network in memory can be neither pickled nor copied: save the "
-                "network, and use Runtime.load(source), in each process or to pickle it"
+                "a Runtime of a network in memory cannot be pickled or copied: export the network "
+                "and use Runtime.load(path)"
             )
         settings = (self.batch_size, self._most_specialized)
         return _again, (type(self), self._source, *settings, self.network, self._current.key)

@@ -1,15 +1,19 @@
-"""Mutates packed, policy and ONNX files at random: each must fail in one line, or change nothing.
+"""Mutates files at random: each must fail in one line, or change nothing.
 
     python experiments/fuzz_files.py --packed runs/net.packed --number 100000
     python experiments/fuzz_files.py --packed runs/net.packed --onnx runs/net.onnx --number 3000
+    python experiments/fuzz_files.py --workdir runs/digits --number 1000
 
 Prints how many mutations failed clearly, and how many were harmless (they touched nothing that a
 reader reads, such as spaces). Anything else - another exception, a wrong load, a hang - ends it.
+Of a workdir, config.json and metrics.jsonl may also read as other settings and other numbers, as
+they carry no checksum; the arrays of a checkpoint may not.
 """
 
 import argparse
 import collections
 import pathlib
+import shutil
 import tempfile
 import time
 
@@ -18,6 +22,9 @@ import numpy as np
 from bitmixer_jax import BitSpace, load_policy, save_policy
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.packed import pack, unpack
+from bitmixer_jax.report import plot_curves
+from bitmixer_jax.training import load_trained
+from bitmixer_jax.training.checkpoints import digest
 
 SLOW = 10.0  # seconds; a file takes milliseconds
 
@@ -75,11 +82,21 @@ def fuzz(what, data, load, same, number, seed):
 def main():
     """Reads the command line and fuzzes the formats."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--packed", required=True, type=pathlib.Path)
+    parser.add_argument("--packed", type=pathlib.Path)
+    parser.add_argument("--workdir", type=pathlib.Path, help="a copy of it is mutated")
     parser.add_argument("--onnx", type=pathlib.Path, help="a switchable export of version 2")
     parser.add_argument("--number", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.packed:
+        fuzz_exports(given)
+    if given.workdir:
+        with tempfile.TemporaryDirectory() as folder:
+            fuzz_workdir(given, pathlib.Path(folder) / "run")
+
+
+def fuzz_exports(given):
+    """Fuzzes a packed file, a policy file, and an ONNX file if there is one."""
     data = given.packed.read_bytes()
     whole = unpack(data, "file")
     prefixes = {pack(unpack(data, "file", planes)) for planes in _usable(data)}
@@ -124,6 +141,42 @@ def fuzz_onnx(given, path):
         return np.array_equal(found(images, whole.space.widest), wanted)
 
     fuzz("onnx", given.onnx.read_bytes(), load, same, given.number, given.seed)
+
+
+def fuzz_workdir(given, copy):
+    """Fuzzes the files of a workdir, in a copy of it."""
+    shutil.copytree(given.workdir, copy)
+    wanted = digest(load_trained(copy)[2])
+
+    def through(path, load):
+        def run(changed):
+            path.write_bytes(changed)
+            return load()
+
+        return run
+
+    def same(found, changed):
+        return True
+
+    def load():
+        return digest(load_trained(copy)[2])
+
+    def curves():
+        plot_curves(copy / "curves.png", copy)
+
+    for name, read in (("metrics.jsonl", curves), ("config.json", load)):
+        path = copy / name
+        whole = path.read_bytes()
+        fuzz(name, whole, through(path, read), same, given.number, given.seed)
+        path.write_bytes(whole)
+    newest = max(int(path.name) for path in (copy / "checkpoints").iterdir())
+    files = sorted(p for p in (copy / "checkpoints" / str(newest)).rglob("*") if p.is_file())
+    for path in files:
+        whole = path.read_bytes()
+        each = max(1, given.number // len(files))
+        name = str(path.relative_to(copy))
+        fuzz(name, whole, through(path, load), lambda d, _: d == wanted, each, given.seed)
+        path.write_bytes(whole)
 
 
 def _usable(data):

@@ -80,6 +80,17 @@ def test_curves_of_a_run_with_few_records_are_drawn(trained, tmp_path, lines):
     assert_real_plot(tmp_path / "curves.png")
 
 
+def test_names_that_look_like_formulas_are_drawn_as_they_stand(tmp_path):
+    records = [
+        {"kind": "train", "step": 1, "stage": r"a$\no{$", "epoch": 0.5, "loss": 1.0},
+        {"kind": "train", "step": 2, "stage": "b", "epoch": 1.0, "loss": 0.5},
+        {"kind": "evaluate", "step": 2, "uniform": {r"$\no{$": 0.5}},
+    ]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(r) + "\n" for r in records))
+    plot_curves(tmp_path / "curves.png", tmp_path)
+    assert_real_plot(tmp_path / "curves.png")
+
+
 def test_table_holds_what_was_asked_for_only():
     assert table({"examples": 9, "policy": {"widths": [2, 4], "top1": 0.5}}) == [
         "| top-1, 9 images | % |",

@@ -63,17 +63,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     output, errors = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Output(output), Output(errors)
     try:
-        status = _run(argv)
-        sys.stdout.flush()
-        if sys.stdout.failure is not None:
-            reason = sys.stdout.failure.strerror
-            print(f"bitmixer: standard output cannot be written ({reason})", file=sys.stderr)
-            return status or 2
-        return status
+        try:
+            status = _run(argv)
+        except SystemExit as end:  # of --help, or of arguments that do not parse
+            if _lost_output(sys.stdout):
+                raise SystemExit(end.code or 2) from None
+            raise
+        return status or 2 if _lost_output(sys.stdout) else status
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = output, errors
+
+
+def _lost_output(output: Output) -> bool:
+    """Returns whether text was lost, and says so."""
+    output.flush()
+    if output.failure is None:
+        return False
+    reason = output.failure.strerror
+    print(f"bitmixer: standard output cannot be written ({reason})", file=sys.stderr)
+    return True
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -109,4 +119,4 @@ def _machine_error(error: OSError | MemoryError) -> str:
         return "memory ran out; give this process more, or ask for less at once"
     named = f"{error.filename}: " if error.filename else ""
     lines = str(error.strerror or error).splitlines() or [type(error).__name__]
-    return f"{named}{lines[0]}; the machine refused what this command needs"
+    return f"{named}{lines[0]}; check paths, permissions, free space and limits of this process"

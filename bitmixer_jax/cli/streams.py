@@ -1,4 +1,4 @@
-"""Standard output and errors that never end a command: closed, full, or of a small alphabet."""
+"""Output streams that do not end a command when they are closed, full, or limited to ASCII."""
 
 from __future__ import annotations
 
@@ -68,16 +68,15 @@ class Output(io.TextIOBase):
         if not isinstance(error, BrokenPipeError):
             self.failure = error
         # What is still buffered would fail again when the interpreter ends.
-        with contextlib.suppress(OSError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
-            os.close(null)
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), self._stream.fileno())
 
 
 def fill_closed() -> None:
     """Opens the null device in place of standard streams that were closed by the caller.
 
-    Otherwise the next file that is opened takes their number, and is written to by what prints.
+    Otherwise the next file that is opened would get number 1 or 2, and text that is printed would
+    go into it.
     """
     for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:

@@ -67,9 +67,7 @@ def add(command: AddCommand) -> None:
     evaluate.add_argument(
         "--random", type=few, default=0, metavar="N", help="number of random policies"
     )
-    evaluate.add_argument(
-        "--seed", type=seed, default=0, help="of the random policies (default 0)"
-    )
+    evaluate.add_argument("--seed", type=seed, default=0, help="of the random policies (default 0)")
     evaluate.add_argument("--no-uniform", action="store_true", help="leave the uniform widths out")
     evaluate.add_argument(
         "--levels", action="store_true", help="also count the levels each layer uses"
@@ -80,9 +78,7 @@ def add(command: AddCommand) -> None:
         help="estimate BN statistics of pairs of widths never visited in training",
     )
     evaluate.add_argument("--data_dir", help="where the data are, if not where training found them")
-    evaluate.add_argument(
-        "--json", type=path, metavar="FILE", help="write the result there"
-    )
+    evaluate.add_argument("--json", type=path, metavar="FILE", help="write the result there")
 
     prepare = command(
         "prepare",
@@ -114,9 +110,7 @@ def add(command: AddCommand) -> None:
         "--steps", type=few, default=20, help="timed steps of each kind (default 20)"
     )
     benchmark.add_argument("--compute_dtype", default="float32", help="float32 or bfloat16")
-    benchmark.add_argument(
-        "--json", type=path, metavar="FILE", help="write the result there"
-    )
+    benchmark.add_argument("--json", type=path, metavar="FILE", help="write the result there")
 
 
 def _train(arguments: argparse.Namespace) -> int:

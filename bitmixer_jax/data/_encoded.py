@@ -84,15 +84,15 @@ def open_folder(
       UserError: nothing there, unknown split, classes without images, or other classes than train.
     """
     try:
-        places = {
-            "validation" if path.name in _VALIDATION else path.name: path
-            for path in sorted(folder.iterdir())
-            if path.is_dir() and path.name[0] != "."
-        }
+        found = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "."]
     except OSError as error:
         if folder.is_dir():
             raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
-        places = {}
+        found = []
+    several = [path.name for path in found if path.name in _VALIDATION]
+    if len(several) > 1:
+        raise UserError(f"{folder}: {' and '.join(several)} are the same split; keep one of them")
+    places = {"validation" if p.name in _VALIDATION else p.name: p for p in found}
     if "train" not in places:
         raise UserError(
             f"{folder}: no folder of classes: give one with train/CLASS/*.JPEG and val/CLASS/*.JPEG"

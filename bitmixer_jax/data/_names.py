@@ -10,18 +10,18 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 
 def one_line(text: object) -> str:
-    """A text with its line breaks and other control characters escaped."""
+    """Returns a text with its line breaks and other control characters escaped."""
     return _CONTROL.sub(lambda found: repr(found.group())[1:-1], str(text))
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a message, cut short where there are many."""
+    """Returns names for a message: the first ten, and how many more there are."""
     more = len(names) - _NAMED
     return one_line(", ".join(names[:_NAMED])) + f", and {more} more" * (more > 0)
 
 
 def reason_of(error: Exception) -> str:
-    """Why an image cannot be read, in a few words."""
+    """Returns why an image cannot be read, in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).splitlines() or [type(error).__name__]
@@ -43,8 +43,9 @@ def require_classes(found: Sequence[str], expected: Sequence[str], where: str) -
     """
     if list(found) == list(expected):
         return
-    new = [name for name in found if name not in set(expected)]
-    gone = [name for name in expected if name not in set(found)]
+    here, wanted = set(found), set(expected)
+    new = [name for name in found if name not in wanted]
+    gone = [name for name in expected if name not in here]
     if new or gone:
         told = [f"{len(new)} that it does not know ({listed(new)})"] * bool(new)
         told += [f"{len(gone)} are missing ({listed(gone)})"] * bool(gone)

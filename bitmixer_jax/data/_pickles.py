@@ -1,7 +1,8 @@
-"""CIFAR-10's pickled batches, read by a machine that knows nothing but what such a batch needs.
+"""Reads CIFAR-10's pickled batches with a minimal unpickler that runs no code.
 
-Python's own unpickler would run code, and a damaged pickle makes it take gigabytes. Here the work
-is bounded by the size of the file, and numbers, texts, lists and dictionaries are all there is.
+Python's own unpickler would run code of the file, and a damaged pickle makes it take gigabytes.
+This one knows numbers, texts, lists, dictionaries and arrays; its work is bounded by the size of
+the file.
 """
 
 import pickletools
@@ -128,7 +129,7 @@ def _run(data: bytes) -> Any:
             if isinstance(stack[-1], Array):
                 stack[-1].state = state
             elif not isinstance(stack[-1], _Dtype):  # whose byte order bytes do not need
-                raise ValueError("it fills what is no array")
+                raise ValueError("it sets the state of an object that is no array")
         elif name == "STOP":
             return stack.pop()
         elif name != "PROTO":

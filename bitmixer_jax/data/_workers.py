@@ -53,8 +53,8 @@ def check_main(workers: int) -> None:
         missing = importing or not _has_guard(path)
     if missing:
         raise UserError(
-            f"processes that decode images import {path or 'the main script'}, which starts the "
-            f"work outside of {_GUARD}: put it under this guard, or set config.workers=0"
+            f"{path or 'the main script'} has no guard {_GUARD}, and processes that decode images "
+            "import it: put the code that starts training under this guard, or set config.workers=0"
         )
 
 

@@ -82,7 +82,7 @@ def decode_fast(data: bytes, obey: bool = True) -> np.ndarray:
 
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
-        raise ValueError(f"{width} x {height} pixels; it has none")
+        raise ValueError(f"{width} x {height} pixels: it is empty")
     if width * height > MOST_PIXELS:
         raise ValueError(
             f"{width} x {height} pixels; at most {MOST_PIXELS:,} are read, make it smaller"

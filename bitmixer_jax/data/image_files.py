@@ -115,9 +115,9 @@ class ImageReader:
                 size=size, resize=resize, decoder=decoder, orientation=orientation
             )
         except KeyError as error:
-            raise UserError(f"{where}: how images are read is damaged (no {error})") from None
+            raise UserError(f'{where}: damaged: its "images" have no {error}') from None
         except (ValueError, TypeError) as error:
-            raise UserError(f"{where}: how images are read is damaged ({error})") from None
+            raise UserError(f'{where}: damaged: its "images": {error}') from None
         return cls(image_shape, settings)
 
 
@@ -176,10 +176,13 @@ def _read_all(
 
 
 def _read(path: str | pathlib.Path, read: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    place = user_path(path)
     try:
-        return read(read_bytes(user_path(path), MOST_BYTES))
+        return read(read_bytes(place, MOST_BYTES))
     except FileNotFoundError:
         raise UserError(f"{one_line(path)}: no such image file") from None
+    except (MemoryError, ImportError):
+        raise
     except Exception as error:  # a damaged image may raise nearly anything
         reason = reason_of(error)
         raise UserError(f"{one_line(path)}: not an image that can be read ({reason})") from None

@@ -288,7 +288,7 @@ class Reader:
 
 
 def _encodes(text: str) -> bool:
-    """Whether a text is of whole characters: JSON can hold halves of them, which cannot be kept."""
+    """Returns whether a text can be encoded: JSON may hold lone surrogates, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

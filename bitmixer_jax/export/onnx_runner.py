@@ -19,7 +19,7 @@ from bitmixer_jax.inputs import check_images, check_policy
 
 OPTIMIZATION = ("off", "basic", "default")
 _MOST_BYTES = 2**31  # of a protobuf message
-# What files of version 1 say, and no more: a newer file whose checksum is damaged is none of them.
+# The metadata keys of version 1. A newer file without a valid checksum must not pass as version 1.
 _OLD_KEYS = {
     *("format", "version", "form", "choices", "layers", "policy", "classes", "image_shape"),
     *("normalisation", "mean", "std", "network"),
@@ -116,7 +116,7 @@ class OnnxRunner:
         for key in ("mean", "std"):
             read.numbers(of(key), self.image_shape[2], key)
         if not self.names or not self.classes or len(set(self.names)) != len(self.names):
-            read.fail("its layers or classes are none, or two of one name")
+            read.fail("its layers or classes are empty, or a layer occurs twice")
         widths = of("policy")
         self.switchable = widths is None
         self.policy: np.ndarray | None = None
@@ -180,6 +180,6 @@ def _agrees(read: Reader, value: Any, kind: str, first: int | None, rest: tuple[
         read.fail(f"{value.name} of its graph is not what the metadata say")
     if first is None:
         if isinstance(shape[0], int):
-            read.fail(f"{value.name} of its graph takes one size of batch")
+            read.fail(f"the batch size of {value.name} is fixed in its graph")
     elif shape[0] != first:
         read.fail(f"{value.name} of its graph is not what the metadata say")

@@ -32,6 +32,7 @@ from bitmixer_jax.runtime import Runtime
 from bitmixer_jax.training import Run, load_trained
 from bitmixer_jax.training.checkpoints import digest
 
+_PYTORCH_FILES = {"model.py", "weights.safetensors", "__pycache__"}
 FORMATS = ("packed", "onnx", "pytorch", "safetensors", "stablehlo")
 
 
@@ -151,11 +152,17 @@ def export_workdir(
 ) -> list[str]:
     """Exports a trained network to ``out``, a file (a folder for pytorch), and verifies it.
 
+    A hidden lock file beside ``out`` keeps a second process from the same place. A killed export
+    leaves a hidden folder, which the next one removes.
+
+    Args:
+      workdir: WORKDIR or WORKDIR@STAGE.
+      out: the file or folder to write.
+      settings: format and options.
+      overwrite: replace an export that exists.
+
     Returns:
       lines that say what was written.
-
-    A hidden file beside ``out`` keeps a second process from the same place. A killed export leaves
-    a hidden folder, which the next one removes.
 
     Raises:
       UserError: no trained network there, ``out`` exists or is being written, an engine is not
@@ -167,9 +174,9 @@ def export_workdir(
         raise UserError(f"--out {out}: names no file")
     _names(out)
     check_free(out, overwrite, folder=settings.format == "pytorch")
-    own = {"model.py", "weights.safetensors", "__pycache__"}
-    if out.is_dir() and not {file.name for file in out.iterdir()} <= own:
-        raise UserError(f"--out {out}: holds more than an export; name another folder")
+    _check_folder(out)
+    if out.is_symlink():
+        raise UserError(f"--out {out}: a link; name a file, or a folder, itself")
     if out.exists() and not (out.is_file() or out.is_dir()):
         raise UserError(f"--out {out}: a device or a pipe; name a file")
     with hold(out.with_name(f".{out.name}.lock"), f"--out {out}"):
@@ -177,8 +184,8 @@ def export_workdir(
 
 
 def _names(out: pathlib.Path) -> None:
-    """Says before the work that the names beside ``out`` are too long. Raises UserError."""
-    for path in (out, *(beside(out) for beside in (_partial, _report))):
+    """Raises UserError where the names beside ``out`` are too long."""
+    for path in (out, _partial(out), _report(out)):
         try:
             os.lstat(path)
         except FileNotFoundError:
@@ -226,17 +233,31 @@ def _export(workdir: str, out: pathlib.Path, settings: Settings, overwrite: bool
         text = json.dumps(report, indent=1) + "\n"
         prepared = partial / _report(out).name
         write_whole(prepared, text)  # a full disk shows before anything is replaced
-        _remove(out)
-        made.rename(out)
-        beside = _report(out)
-        prepared.replace(beside)
+        _put(made, out)
+        _put(prepared, _report(out))
     except OSError as error:
         raise cannot_write(out, error, "--out") from None
+    except UserError as error:  # name the place that the user gave
+        raise UserError(str(error).replace(str(partial / out.name), f"--out {out}")) from None
     finally:
         with contextlib.suppress(OSError):
             _remove(partial)
-    lines = [summary(report), f"written: {out} ({report['bytes']:,} bytes), {beside.name}"]
+    lines = [summary(report), f"written: {out} ({report['bytes']:,} bytes), {_report(out).name}"]
     return [*_sizes(source.deployed, out, settings), *lines] if what == "packed" else lines
+
+
+def _put(made: pathlib.Path, out: pathlib.Path) -> None:
+    """Moves an export to its place. A file is replaced at once; a folder is not, but is checked."""
+    if out.is_dir():
+        _check_folder(out)
+        shutil.rmtree(out)
+    made.replace(out)
+
+
+def _check_folder(out: pathlib.Path) -> None:
+    """Raises UserError where a folder holds other files than those of an export."""
+    if out.is_dir() and not {file.name for file in out.iterdir()} <= _PYTORCH_FILES:
+        raise UserError(f"--out {out}: holds more than an export; name another folder")
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -88,7 +89,7 @@ class ScoreBook:
         if self._no_header(lines):
             path.write_text(self._header + "\n")
         elif lines[-1]:
-            path.write_bytes(b"\n".join([*lines[:-1], b""]))
+            os.truncate(path, path.stat().st_size - len(lines[-1]))
         self._ready = True
 
     def __call__(self, policies: np.ndarray) -> Scores:

@@ -6,8 +6,10 @@ that it trained on. Test data is read once, when the search has ended.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import pathlib
 import re
@@ -26,7 +28,7 @@ from bitmixer_jax.data import Dataset, Streamed
 from bitmixer_jax.data._splits import ALL, complement, overlap, parse_split, split_names
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
-from bitmixer_jax.files import check_folder, check_free, hold, user_path
+from bitmixer_jax.files import cannot_write, check_folder, check_free, hold, user_path
 from bitmixer_jax.front import Front, Point
 from bitmixer_jax.search import hessian, plots
 from bitmixer_jax.search.problem import Problem, parse_budget
@@ -119,19 +121,15 @@ class Trained:
         )
 
     def _left_out(self) -> str:
-        """What training left out, if that is anything and not test data; else what it saw."""
+        """The part of its split that training did not use; where there is none, the split."""
         train = self.run.train_split
         names = split_names(train)
-        if "+" in train and ALL not in names:
-            rest = complement(train, self._counts(names)) or None
-        else:
-            rest = left_out(train)
-        if rest is not None:
-            try:
-                self.run.load(rest, self.data_dir)
-            except UserError:  # training left nothing
-                rest = None
-        return train if rest is None or self._is_test(rest) else rest
+        if "[" not in train or ALL in names:
+            return train
+        rest = complement(train, self._counts(names))
+        if not rest or self._is_test(rest):
+            return train
+        return left_out(train) or rest  # the words of the user, where they can be kept
 
     def _is_test(self, split: str) -> bool:
         """Whether a split has images of the test data."""
@@ -244,9 +242,10 @@ def _writable(path: pathlib.Path) -> pathlib.Path | None:
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        print(
-            f"warning: {path.parent}: cannot write there ({error.strerror}); scores are not kept, "
-            "so a search that is stopped starts anew"
+        logging.getLogger(__name__).warning(
+            "%s: cannot write there (%s); scores are not kept, so a search that is stopped starts "
+            "again",
+            *(path.parent, error.strerror),
         )
         return None
     return path
@@ -366,10 +365,6 @@ def front_workdir(
         hint = " (give --latency)" if cost == "latency_ms" else closest(cost, known)
         raise UserError(f"--cost {cost!r}: unknown{hint}; one of {', '.join(known)}")
     axis = trained.costs[cost]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
     problem = Problem(space=space, groups=trained.groups, axis=axis)
     found = trained.search(problem)
     points = found.front()
@@ -398,7 +393,16 @@ def front_workdir(
             "random": _reference(axis, drawn, top1[after + space.n :]),
         },
     )
-    front.save(out / "front.json", overwrite=overwrite)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error, "--out") from None
+    try:
+        front.save(out / "front.json", overwrite=overwrite)
+    except UserError:
+        with contextlib.suppress(OSError):  # it was there before, and holds other files
+            out.rmdir()
+        raise
     plots.plot_front(out / "front.png", front)
     plots.plot_widths(out / "widths.png", front)
     return [

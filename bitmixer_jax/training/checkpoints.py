@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import logging
 import pathlib
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import cannot_write
 from bitmixer_jax.training import hosts
 
 FORMAT = "bitmixer-checkpoint"
@@ -69,8 +71,6 @@ class Checkpoints:
         # logs errors that it raises as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._ocp = ocp
-        # Writes go on behind the training, so they must be quiet until the folder is closed.
-        self._loud = (lambda: None) if read_only else _silence()
         self.folder = (pathlib.Path(workdir) / "checkpoints").absolute()
         try:
             if not read_only:
@@ -91,7 +91,9 @@ class Checkpoints:
                 ),
             )
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot write there ({error.strerror})") from None
+            raise cannot_write(self.folder, error) from None
+        # Writes go on behind the training, so they must be quiet until the folder is closed.
+        self._loud = (lambda: None) if read_only else _silence()
 
     @property
     def steps(self) -> list[int]:
@@ -138,20 +140,25 @@ class Checkpoints:
             denied = isinstance(error, OSError) or any(sign in text for sign in signs)
             if not (full or denied):
                 raise
-            what = "the disk is full" if full else f"cannot write ({_brief(error)})"
-            last = max(self._manager.all_steps(read=True), default=None)
-            kept = "none was saved before" if last is None else f"that of step {last} is whole"
+            what = "the disk is full" if full else _brief(error)
+            todo = "Make room" if full else "Mend this"
+            with contextlib.suppress(Exception):
+                self._manager.reload()
+            last = max(self._manager.all_steps(), default=None)
+            kept = "there is none before it" if last is None else f"that of step {last} is whole"
             raise UserError(
-                f"{self.folder}: {what}; {kept}. Make room and start the same command again"
+                f"{self.folder}: cannot save a checkpoint: {what}; {kept}. {todo} and start the "
+                "same command again"
             ) from None
 
-    def restore(self, like: Any, step: int | None = None) -> Any:
+    def restore(self, like: Any, step: int | None = None, *, on_host: bool = False) -> Any:
         """Restores a checkpoint, by default the newest.
 
         Args:
           like: a state with the structure, shapes and dtypes to expect (arrays or
             ShapeDtypeStructs).
           step: which one.
+          on_host: as numpy arrays, so that no memory of a device is needed.
 
         Returns:
           a state like ``like``, on the first device, or None if there is no checkpoint.
@@ -172,7 +179,7 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
         )
-        if jax.process_count() > 1:  # each process reads all of it
+        if on_host or jax.process_count() > 1:  # each process reads all of it
             abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
         advice = f"Remove {path} to go back to the checkpoint before it"
         try:
@@ -233,15 +240,23 @@ class Checkpoints:
         damaged: list[tuple[int, str]] = []
         state = None
         for step in reversed(self.steps):
-            said = ""
+            said, failed = "", None
+            other = f"{self.folder / str(step)}: another process cannot read it"
             try:
                 state = self.restore(like, step)
             except Damaged as error:
                 said = str(error).partition(". Remove")[0]
-            (any_damaged,) = hosts.agree(float(bool(said)))
+            except UserError as error:
+                failed = error
+            # All processes go on with the same checkpoint, or all of them stop.
+            any_damaged, any_failed = hosts.agree(float(bool(said)), float(failed is not None))
+            if any_failed:
+                raise failed or UserError(other)
             if not any_damaged:
                 break
-            damaged.append((step, said or f"{self.folder / str(step)}: damaged to another process"))
+            damaged.append(
+                (step, said or f"{self.folder / str(step)}: damaged for another process")
+            )
             state = None
         if damaged and state is None:
             raise UserError(
@@ -254,7 +269,7 @@ class Checkpoints:
         return state
 
     def set_aside(self, steps: Iterable[int]) -> list[pathlib.Path]:
-        """Moves checkpoints to ``workdir/damaged`` and returns their new folders.
+        """Moves checkpoints to new folders in ``workdir/damaged`` and returns these.
 
         A run that comes past their step saves it again.
 
@@ -262,8 +277,10 @@ class Checkpoints:
           UserError: they cannot be moved.
         """
         moved = []
+        parent = self.folder.parent / "damaged"
         for step in steps:
-            aside = self.folder.parent / "damaged" / f"{step}"
+            names = (str(step), *(f"{step}-{number}" for number in itertools.count(1)))
+            aside = next(parent / name for name in names if not (parent / name).exists())
             hosts.by_the_first(partial(self._move, step, aside), lambda: None)
             moved.append(aside)
         if moved:
@@ -273,10 +290,7 @@ class Checkpoints:
     def _move(self, step: int, aside: pathlib.Path) -> None:
         try:
             aside.parent.mkdir(exist_ok=True)
-            number = 0
-            while (place := aside.with_name(f"{aside.name}-{number}")).exists():
-                number += 1
-            (self.folder / str(step)).rename(place if aside.exists() else aside)
+            (self.folder / str(step)).rename(aside)
         except OSError as error:
             raise UserError(f"{aside}: cannot move there ({error.strerror})") from None
 
@@ -288,16 +302,20 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being saved, and lets go of the folder."""
-        self.wait()
-        self._manager.close()
-        self._loud()
+        try:
+            self.wait()
+        finally:
+            try:
+                with self._disk_errors():  # it raises the error of the last save again
+                    self._manager.close()
+            finally:
+                self._loud()
 
 
 def _check_machine(path: pathlib.Path, error: BaseException) -> None:
-    """Tells a machine that cannot read just now from a checkpoint that is damaged.
+    """Raises UserError if the machine, not the checkpoint, made a read fail.
 
-    Raises:
-      UserError: the former.
+    Such as input errors of the disk, missing permissions, or no memory.
     """
     text = str(error)
     signs = (

@@ -1,4 +1,4 @@
-"""Whose a folder is: the configuration of the run that lives there."""
+"""The configuration file of a workdir: written once, compared by every later start."""
 
 from __future__ import annotations
 
@@ -119,14 +119,15 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{workdir}: no run here ({CONFIG_FILE} is missing)") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not the configuration of a run")
     return with_orientation(config)
 
 
 def with_orientation(config: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration with how its images are turned, if it is from before one could say.
+    """Adds ``stream.orientation`` to a configuration that was saved before the setting existed.
 
     Streamed images were not turned then. For sets in memory the setting has no meaning; for
     ImageNet its default is what was done.
@@ -141,7 +142,7 @@ def with_orientation(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_data_info(path: pathlib.Path, info: Any) -> dict[str, Any]:
-    """Checks what a configuration says of the data that its network was made for.
+    """Checks what a configuration says about the data that its network was made for.
 
     Args:
       path: of the configuration, for messages.

@@ -429,10 +429,12 @@ def load_config(path: str | pathlib.Path, overrides: list[str]) -> ConfigDict:
 
 
 def _with_unnamed(path: str | pathlib.Path, overrides: Sequence[str]) -> ConfigDict | None:
-    """Returns the configuration with the defaults of settings that overrides name and it does not.
+    """Adds the defaults of overridden settings that the file leaves out.
 
-    A file need not name every setting of a model or a stage, but an override may. None: the file
-    names all that are overridden, or an override is wrong in another way.
+    A file need not name every setting of a model or of a stage.
+
+    Returns:
+      the configuration; None if nothing was added.
     """
     config = load_config(path, [])
     changed = False

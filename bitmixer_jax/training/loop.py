@@ -74,6 +74,8 @@ def train(
         raise UserError(
             f"config.batch_size = {run.batch_size}: not a multiple of the {len(devices)} devices"
         )
+    if _has_teacher(run):
+        _check_teacher(run.teacher, train_data.classes)
     plan = make_plan(run, run.network(train_data), len(train_data))
     about = {
         "classes": list(train_data.classes),
@@ -82,7 +84,8 @@ def train(
         "mean": [float(x) for x in train_data.mean],
         "std": [float(x) for x in train_data.std],
     }
-    stream = dataclasses.asdict(run.stream)  # whole: what a file lacks was not there yet
+    # All settings of streams are stored: one that a file lacks is newer than its run.
+    stream = dataclasses.asdict(run.stream)
     made = {**configuration.to_json(config), "stream": stream, "made_for": about}
     # Stages and models differ from the default in what they name: only whole settings are filled.
     defaults = configuration.to_json(configuration.default_config())
@@ -115,6 +118,41 @@ def _train(
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to the end of the last stage."""
     checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=plan.ends)
+    with contextlib.ExitStack() as opened:
+        try:
+            trainer, state = _set_up(
+                run, plan, workdir, train_data, test_data, devices, checkpoints, opened
+            )
+            with _Signals() as signals:
+                for stage in range(len(run.stages)):
+                    if int(state.step) < plan.ends[stage]:
+                        state = trainer.run_stage(stage, state, signals)
+                trainer.evaluate(state, len(run.stages) - 1)
+                trainer.save(state, len(run.stages) - 1)
+                checkpoints.wait()
+        except (Interrupted, KeyboardInterrupt):
+            checkpoints.close()
+            raise
+        except Exception as error:
+            if leave := hosts.leave(error):  # closing checkpoints would wait for the others
+                raise leave from error
+            with contextlib.suppress(UserError):  # of the disk; ``error`` says what went wrong
+                checkpoints.close()
+            raise
+        checkpoints.close()
+
+
+def _set_up(
+    run: Run,
+    plan: Plan,
+    workdir: pathlib.Path,
+    train_data: Dataset | Streamed,
+    test_data: Dataset | Streamed,
+    devices: list[jax.Device],
+    checkpoints: Checkpoints,
+    opened: contextlib.ExitStack,
+) -> tuple[_Trainer, TrainState]:
+    """Restores the state, or makes the first one; ``opened`` closes what is opened here."""
     skipped: list[str] = []
     state = checkpoints.restore_whole(plan.abstract_state(), skipped.append)
     resumed = state is not None
@@ -122,7 +160,10 @@ def _train(
         state = initial_state(plan, train_data)
     done = int(state.step)
     speaks = hosts.first()
-    metrics, bar = Metrics(workdir, done, speaks), Bar(plan.ends[-1], done, speaks)
+    metrics = Metrics(workdir, done, speaks)
+    opened.callback(metrics.close)
+    bar = Bar(plan.ends[-1], done, speaks)
+    opened.callback(bar.stop)
     for line in skipped:
         bar.say(f"warning: {line}")
     if run.steps_per_dispatch > 1 and devices[0].platform == "cpu":
@@ -133,27 +174,8 @@ def _train(
     if resumed:
         bar.say(f"going on from step {done} of {plan.ends[-1]}")
     trainer = _Trainer(plan, workdir, train_data, test_data, devices, checkpoints, metrics, bar)
-    try:
-        with _Signals() as signals:
-            for stage in range(len(run.stages)):
-                if int(state.step) < plan.ends[stage]:
-                    state = trainer.run_stage(stage, state, signals)
-            trainer.evaluate(state, len(run.stages) - 1)
-            trainer.save(state, len(run.stages) - 1)
-            checkpoints.wait()
-        checkpoints.close()
-    except Interrupted:
-        checkpoints.close()
-        raise
-    except Exception as error:
-        if leave := hosts.leave(error):  # closing checkpoints would wait for the others
-            raise leave from error
-        checkpoints.close()
-        raise
-    finally:
-        trainer.feed.close()
-        bar.stop()
-        metrics.close()
+    opened.callback(trainer.feed.close)
+    return trainer, state
 
 
 class _Signals:
@@ -193,15 +215,14 @@ class _Trainer:
 
     def __post_init__(self) -> None:
         run = self.plan.run
-        self.feed = make_feed(self.plan, self.train_data, self.devices)
         self.teacher, self.teacher_variables = None, None
-        if any(stage.distill == "teacher" for stage in run.stages):
-            _check_teacher(run.teacher, self.train_data.classes)
+        if _has_teacher(run):
             self.teacher, variables = load_weights(run.teacher, self.plan.model)
             self.teacher_variables = replicate(variables, self.devices)
         self.evaluators: dict[int, Evaluator] = {}
         self.saved_at = time.monotonic()
         self.read_back = bool(self.checkpoints.steps)
+        self.feed = make_feed(self.plan, self.train_data, self.devices)
 
     def enter(self, stage: int, state: TrainState) -> TrainState:
         """The hand-over: fresh optimiser state, and for layer-wise widths every pair filled."""
@@ -309,7 +330,7 @@ class _Trainer:
         if not self.read_back:
             self.checkpoints.wait()
             try:
-                self.checkpoints.restore(self.plan.abstract_state(), step)
+                self.checkpoints.restore(self.plan.abstract_state(), step, on_host=True)
             except UserError as error:
                 raise UserError(
                     f"{self.checkpoints.folder}: the first checkpoint was saved but cannot be read "
@@ -322,7 +343,7 @@ class _Trainer:
         """Returns the error of a training that diverged at ``step``.
 
         A checkpoint of that step or a later one holds the diverged state. It is moved aside, so
-        that the checkpoint that is called good is the one that a new start goes on from.
+        that a new start resumes from the last finite checkpoint.
         """
         self.checkpoints.wait()
         bad = [saved for saved in self.checkpoints.steps if saved >= step]
@@ -330,7 +351,7 @@ class _Trainer:
         steps = self.checkpoints.steps
         kept = f"the checkpoint of step {steps[-1]} is good" if steps else "no good state was saved"
         if aside:
-            kept += f"; that of step {bad[-1]} is not and was moved to {aside[-1]}"
+            kept += f"; the checkpoint of step {bad[-1]} was moved to {aside[-1]}"
         return UserError(
             f"stage {stage}, step {step}: {what}; {kept}. Lower the learning rate or set "
             "config.optimizer.clip_norm, in another --workdir"
@@ -409,6 +430,11 @@ class _Trainer:
 def _all_finite(tree: Any) -> jax.Array:
     """Whether all values of a tree of arrays are finite: a bool scalar."""
     return jax.numpy.stack([jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _has_teacher(run: Run) -> bool:
+    """Returns whether a stage learns from a teacher of its own."""
+    return any(stage.distill == "teacher" for stage in run.stages)
 
 
 def _check_teacher(source: str, classes: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from bitmixer_jax.data import Dataset, Order, Streamed, normalize
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import user_path
 from bitmixer_jax.models import Network
 from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training.checkpoints import Checkpoints
@@ -152,8 +153,9 @@ def load_weights(source: str, model: Network) -> tuple[Network, dict[str, Any]]:
       source: of `load_trained`, or a file with a torchvision state_dict: then it is the float twin
         of ``model`` (`torchvision.load_torchvision`).
     """
-    if pathlib.Path(source).is_file():
-        return model.float_twin(), load_torchvision(source, model)
+    path = user_path(source)
+    if path.is_file():
+        return model.float_twin(), load_torchvision(path, model)
     return load_trained(source)[1:]
 
 

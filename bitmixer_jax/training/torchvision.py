@@ -34,9 +34,9 @@ def load_torchvision(path: str | pathlib.Path, model: Network) -> dict[str, Any]
 
     Args:
       path: a ``.safetensors`` file, or one that ``torch.save`` wrote (which needs PyTorch; read
-        with ``weights_only``, so it runs no code). Tensors may be of 16, 32 or 64 bits, their names
-        may begin with ``module.`` or ``_orig_mod.``, and a trainer's dictionary may hold them under
-        "state_dict" or "model".
+        with ``weights_only``, so it runs no code). Tensors may be of 16, 32 or 64 bits. Their names
+        may begin with ``module.``, ``_orig_mod.``, ``model.`` or ``state_dict.``. A trainer's
+        dictionary may hold them under "state_dict" or "model".
       model: a ResNet with projection shortcuts, such as "resnet18", "resnet34" or "resnet50".
 
     Returns:
@@ -131,7 +131,8 @@ def _float32(path: pathlib.Path, name: str, value: Any) -> np.ndarray:
         kind = str(value.dtype).removeprefix("torch.")
         if kind not in _REAL or str(value.layout) != "torch.strided" or value.is_meta:
             raise UserError(
-                f"{path}: {name} is of type {kind}, {value.layout}; give {', '.join(_REAL)}, dense"
+                f"{path}: {name} is of type {kind}, {value.layout}; give a dense tensor of "
+                f"{', '.join(_REAL)}"
             )
         value = value.detach().float().numpy()
     if value.dtype.kind != "f":

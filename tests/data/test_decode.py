@@ -229,7 +229,7 @@ def test_damaged_tags_do_not_make_an_image_unreadable(tmp_path, read):
     ],
 )
 def test_damaged_descriptions_of_a_reader_are_refused(about):
-    with pytest.raises(UserError, match=r"file.onnx: how images are read is damaged"):
+    with pytest.raises(UserError, match=r"file.onnx: damaged: its \"images\""):
         ImageReader.from_json(about, (16, 16, 3), "file.onnx")
 
 

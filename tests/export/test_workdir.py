@@ -91,7 +91,7 @@ def test_what_is_there_is_kept_unless_told(trained, tmp_path):
     path = tmp_path / "net"
     path.write_text("precious")
     settings = Settings(format="packed", **QUICK)
-    with pytest.raises(UserError, match="it is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export_workdir(str(trained), path, settings)
     assert path.read_text() == "precious"
     export_workdir(str(trained), path, settings, overwrite=True)

@@ -1,6 +1,7 @@
 """Searches of a trained network: budgets kept, test data read once, files, honest words."""
 
 import dataclasses
+import errno
 import functools
 import json
 import pathlib
@@ -425,3 +426,14 @@ def test_a_search_needs_no_more_policies_than_it_says(workdir):
         found = trained.search(problem)
         assert len(found.policies) <= trained.method(problem).evaluations(problem)
         assert trained.about_search(found)["evaluations"] == len(found.policies)
+
+
+def test_a_front_that_cannot_be_written_leaves_no_folder(workdir, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("bitmixer_jax.files.write_whole", full)
+    out = tmp_path / "new" / "front"
+    with pytest.raises(UserError, match=r"No space left on device.*make room"):
+        front_workdir(workdir, "bytes", out, Settings(images=16, method="greedy"), random=2)
+    assert not out.exists()
