@@ -1,14 +1,25 @@
 """Files: what is no regular file is refused, writing is whole, and a lock keeps others out."""
 
 import errno
+import fcntl
+import logging
 import os
+import stat
 import subprocess
 import sys
 
 import pytest
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.files import hold, open_file, parse_json, read_bytes, user_path, write_new
+from bitmixer_jax.files import (
+    hold,
+    open_file,
+    parse_json,
+    read_bytes,
+    user_path,
+    write_new,
+    write_whole,
+)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
@@ -52,10 +63,40 @@ def test_a_path_that_cannot_be_used_is_refused(path):
 def test_a_file_is_not_overwritten_in_silence(tmp_path):
     write_new(tmp_path / "a", "one")
     write_new(tmp_path / "a", "one")
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         write_new(tmp_path / "a", "two")
     assert (tmp_path / "a").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_keeps_its_permissions_and_a_link_stays_a_link(tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("one")
+    file.chmod(0o640)
+    link.symlink_to(file)
+    write_whole(link, "two")
+    assert link.is_symlink()
+    assert file.read_text() == "two"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+def test_a_name_as_long_as_the_system_takes_is_written(tmp_path):
+    name = "\N{CJK UNIFIED IDEOGRAPH-5BBD}" * 85  # 255 bytes
+    write_whole(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("one")
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "file", "two")
+    assert (tmp_path / "file").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_full_disk_is_said_in_one_line():
@@ -67,7 +108,9 @@ def test_a_lock_keeps_a_second_holder_out_and_is_removed(tmp_path):
     path = tmp_path / ".lock"
     with hold(path, "workdir w"):
         with (
-            pytest.raises(UserError, match=f"workdir w: another process .{os.getpid()} on"),
+            pytest.raises(
+                UserError, match=f"workdir w: in use by another process .{os.getpid()} on"
+            ),
             hold(path, "workdir w"),
         ):
             pass
@@ -89,3 +132,26 @@ def test_a_lock_dies_with_its_process(tmp_path):
     assert path.exists()
     with hold(path, "it"):
         pass
+
+
+def test_the_lock_of_another_process_stays(tmp_path):
+    """Where a folder was removed and made anew while a process worked in it."""
+    path = tmp_path / ".lock"
+    with hold(path, "old"):
+        path.unlink()
+        with hold(path, "new"):
+            pass
+        path.write_text("of a third")
+    assert path.read_text() == "of a third"
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def none(number, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with caplog.at_level(logging.WARNING), hold(tmp_path / ".lock", "it"):
+        pass
+    (record,) = caplog.records
+    assert "this file system has no locks (Function not implemented)" in record.getMessage()
+    assert not list(tmp_path.iterdir())

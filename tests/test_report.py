@@ -1,7 +1,10 @@
 """The report of a run: a summary and plots, from whatever the run left."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -142,3 +145,20 @@ def test_file_in_place_of_the_workdir_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"):
         Metrics(tmp_path / "file", 0)
+
+
+def test_the_backend_of_a_notebook_stays_chosen():
+    program = (
+        "from bitmixer_jax.plotting import new_figure\n"
+        "new_figure(2, 2)\n"
+        "import matplotlib.pyplot\n"
+        "print(matplotlib.get_backend())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MPLBACKEND": "svg"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "svg"

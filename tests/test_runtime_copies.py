@@ -133,3 +133,17 @@ def test_what_is_no_whole_number_is_no_policy(policy, runtime):
         assert len(str(caught.value).splitlines()) == 1
         assert len(str(caught.value)) < 300
     assert runtime.policy.tolist() == before
+
+
+class OnAnotherDevice:
+    """As a CUDA tensor of PyTorch answers numpy."""
+
+    def __array__(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+def test_arrays_that_numpy_cannot_read_are_one_line(runtime, images):
+    with pytest.raises(UserError, match=r"images: numpy cannot read them .*cuda:0"):
+        runtime.predict(OnAnotherDevice(), POLICY)
+    with pytest.raises(UserError, match="policy"):
+        runtime.predict(images, OnAnotherDevice())

@@ -202,3 +202,9 @@ def test_little_shared_memory_is_left_alone(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 2**20))
     assert _workers._least_shared(2**20) == 2**16
     assert _workers._least_shared(2**30) > 2**40
+
+
+def test_one_split_under_two_names_is_refused(pictures):
+    (pictures / "pictures" / "validation").mkdir()
+    with pytest.raises(UserError, match="val and validation are the same split"):
+        opened(("folder:pictures", pictures))

@@ -1,5 +1,6 @@
 """Where exports are written and read: odd paths, two at once, full disks, killed exports."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -114,3 +115,11 @@ def test_predict_says_in_one_line_what_is_no_model(end, tmp_path):
         one_line(predict_files, f"{tmp_path}/{name}{end}", [tmp_path / "x.png"])
     one_line(predict_files, f"nul\0{end}", [tmp_path / "x.png"], match="null character")
     one_line(predict_files, str(tmp_path / "folder"), [], match="name an image")
+
+
+def test_a_link_is_not_replaced(trained, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "net").symlink_to(tmp_path / "folder")
+    settings = dataclasses.replace(QUICK, format="pytorch")
+    one_line(export_workdir, str(trained), tmp_path / "net", settings, True, match="a link")
+    assert (tmp_path / "net").is_symlink()

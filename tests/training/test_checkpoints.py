@@ -196,7 +196,8 @@ def test_training_skips_damaged_checkpoints_and_keeps_them_aside(copy, how):
     checkpoints.close()
     damage(copy / "checkpoints/7/state/manifest.ocdbt", "truncate")
     assert_equal(Checkpoints(copy).restore_whole(make_state(0), said.append), make_state(3))
-    assert (copy / "damaged/7-0").is_dir()
+    assert said[-1].endswith("moved to " + str(copy / "damaged/7-1"))
+    assert (copy / "damaged/7-1").is_dir()
 
 
 def test_where_no_checkpoint_is_whole_nothing_starts_anew_in_silence(copy):

@@ -159,10 +159,11 @@ def test_no_home_is_needed(tmp_path):
     assert (tmp_path / "run" / "report" / "curves.png").stat().st_size > 1000
 
 
-def test_output_that_cannot_be_written_ends_in_one_line():
+@pytest.mark.parametrize("words", [["cost", "--model", "resnet8"], ["--help"], ["cost", "--help"]])
+def test_output_that_cannot_be_written_ends_in_one_line(words):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "bitmixer_jax.cli", "cost", "--model", "resnet8"],
+            [sys.executable, "-m", "bitmixer_jax.cli", *words],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
