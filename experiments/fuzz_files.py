@@ -164,7 +164,7 @@ def fuzz_workdir(given, copy):
     def curves():
         plot_curves(copy / "curves.png", copy)
 
-    for name, read in (("metrics.jsonl", curves), ("config.json", load)):
+    for name, read in (("config.json", load), ("metrics.jsonl", curves)):
         path = copy / name
         whole = path.read_bytes()
         fuzz(name, whole, through(path, read), same, given.number, given.seed)

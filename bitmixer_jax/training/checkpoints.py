@@ -279,7 +279,8 @@ class Checkpoints:
         moved = []
         parent = self.folder.parent / "damaged"
         for step in steps:
-            names = (str(step), *(f"{step}-{number}" for number in itertools.count(1)))
+            more = (f"{step}-{number}" for number in itertools.count(1))
+            names = itertools.chain([str(step)], more)
             aside = next(parent / name for name in names if not (parent / name).exists())
             hosts.by_the_first(partial(self._move, step, aside), lambda: None)
             moved.append(aside)

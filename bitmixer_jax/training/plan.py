@@ -173,11 +173,13 @@ def load_trained(source: str | pathlib.Path) -> tuple[Run, Network, dict[str, An
     about = read_data_info(folder / CONFIG_FILE, saved.pop("made_for", None))
     try:
         run = dataclasses.replace(configuration.read(saved), data_info=about)
+        model = run.build(len(about["classes"]), tuple(about["image_shape"]))
+        plan = make_plan(run, model, about["examples"])
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG_FILE}: {error}") from None
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         kind = type(error).__name__
         raise UserError(f"{folder / CONFIG_FILE}: damaged ({kind}: {error})") from None
-    model = run.build(len(about["classes"]), tuple(about["image_shape"]))
-    plan = make_plan(run, model, about["examples"])
     checkpoints = Checkpoints(folder, keep_steps=plan.ends, read_only=True)
     step = None
     if name:

@@ -93,7 +93,7 @@ def test_odd_places_are_refused_before_the_work(trained, tmp_path, monkeypatch):
     assert names(tmp_path) == ["pipe"]
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "net").write_text("precious")
-    one_line(export_workdir, str(trained), "~/net", QUICK, match=f"{tmp_path}/net: it is there")
+    one_line(export_workdir, str(trained), "~/net", QUICK, match=f"{tmp_path}/net: already exists")
 
 
 @pytest.mark.parametrize("read", [Runtime.load, load_packed, plane_ends, load_raw])
