@@ -26,7 +26,7 @@ from bitmixer_jax.report import plot_curves
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
 
-SLOW = 10.0  # seconds; a file takes milliseconds
+SLOW = 30.0  # seconds; a file takes milliseconds, a plot one second
 
 
 def mutated(data, rng):

@@ -98,7 +98,7 @@ def test_a_network_in_memory_says_what_to_do(workdir):
         of_model(model, variables, mean=[0], std=[1], classes=tuple("0123456789")), batch_size=1
     )
     for call in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError, match=r"Runtime.load\(source\)") as caught:
+        with pytest.raises(TypeError, match=r"Runtime.load\(path\)") as caught:
             call(runtime)
         assert len(str(caught.value).splitlines()) == 1
 

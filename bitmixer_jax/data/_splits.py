@@ -19,6 +19,10 @@ _PART = re.compile(
 )
 
 
+class EmptySplit(UserError):
+    """A split without examples."""
+
+
 class Part(NamedTuple):
     """The examples ``start .. stop - 1`` of the split ``name``."""
 
@@ -35,7 +39,8 @@ def parse_split(split: str, counts: Mapping[str, int]) -> tuple[Part, ...]:
       counts: number of examples of each split there is.
 
     Raises:
-      UserError: unknown or malformed, beyond the examples there are, or empty.
+      EmptySplit: it has no examples.
+      UserError: unknown or malformed, or beyond the examples there are.
     """
     found = []
     for name, first, last in _matches(split, counts):
@@ -48,7 +53,7 @@ def parse_split(split: str, counts: Mapping[str, int]) -> tuple[Part, ...]:
             )
         start, stop = (place + count if place < 0 else place for place in (start, stop))
         if start > stop:
-            raise UserError(
+            raise EmptySplit(
                 f"split {_shown(split)} is empty: {name} has {count} examples, and the slice "
                 f"starts at {start} and ends at {stop}"
             )
@@ -56,7 +61,7 @@ def parse_split(split: str, counts: Mapping[str, int]) -> tuple[Part, ...]:
     parts = tuple(part for part in found if part.start < part.stop)
     if not parts:
         names = " and ".join(f"{name} has {counts[name]} examples" for name, *_ in found)
-        raise UserError(f"split {_shown(split)} is empty: {names}")
+        raise EmptySplit(f"split {_shown(split)} is empty: {names}")
     return parts
 
 

@@ -25,7 +25,7 @@ from bitmixer_jax import data as datasets
 from bitmixer_jax.bits import closest, save_policy
 from bitmixer_jax.cost import Cost, activation_peak, costs
 from bitmixer_jax.data import Dataset, Streamed
-from bitmixer_jax.data._splits import ALL, complement, overlap, parse_split, split_names
+from bitmixer_jax.data._splits import ALL, EmptySplit, complement, overlap, parse_split, split_names
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
 from bitmixer_jax.files import cannot_write, check_folder, check_free, hold, user_path
@@ -124,12 +124,17 @@ class Trained:
         """The part of its split that training did not use; where there is none, the split."""
         train = self.run.train_split
         names = split_names(train)
-        if "[" not in train or ALL in names:
+        if "+" in train and ALL not in names:
+            rest = complement(train, self._counts(names))
+        else:
+            rest = left_out(train) or ""
+        if not rest:
             return train
-        rest = complement(train, self._counts(names))
-        if not rest or self._is_test(rest):
+        try:
+            self.run.load(rest, self.data_dir)
+        except EmptySplit:  # such as train[100%:]
             return train
-        return left_out(train) or rest  # the words of the user, where they can be kept
+        return train if self._is_test(rest) else rest
 
     def _is_test(self, split: str) -> bool:
         """Whether a split has images of the test data."""

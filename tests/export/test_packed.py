@@ -159,7 +159,7 @@ def test_files_are_not_overwritten_in_silence(tmp_path):
     path = tmp_path / "net.packed"
     save_packed(path, deployed("resnet8"))
     save_packed(path, deployed("resnet8"))  # the same content
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         save_packed(path, deployed("double"))
     save_packed(path, deployed("double"), overwrite=True)
     assert load_packed(path).weight_kind == "double"

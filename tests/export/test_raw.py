@@ -45,5 +45,5 @@ def test_bad_files_are_one_line(tmp_path):
         with pytest.raises(UserError, match=r"bad: (not a safetensors file|holds no variables)"):
             load_raw(tmp_path / "bad")
     export_raw(network("resnet8")[1], tmp_path / "net")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export_raw(network("resnet18")[1], tmp_path / "net")

@@ -80,7 +80,7 @@ def test_bad_files_are_one_line(path, tmp_path):
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(UserError, match="not a StableHLO export"):
             StablehloRunner(tmp_path / "bad")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export_stablehlo(deployed("double"), path)
 
 

@@ -233,7 +233,7 @@ def test_scores_are_kept_in_the_workdir_also_where_a_folder_above_has_an_at_sign
 def test_plots_that_are_there_are_refused_before_any_work(trained, tmp_path, monkeypatch, name):
     monkeypatch.setattr(workdirs, "load_trained", None)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(bm.UserError, match=f"{name}: .*there already"):
+    with pytest.raises(bm.UserError, match=f"{name}: .*already exists"):
         front_workdir(str(trained), "bitops", tmp_path, Settings(**SMALL))
     assert (tmp_path / name).read_text() == "mine"
 

@@ -196,7 +196,7 @@ def test_a_latency_file_is_a_budget_of_its_own(workdir, model, tmp_path):
 def test_a_policy_that_is_there_is_refused_before_any_work(no_network, workdir, tmp_path):
     out = tmp_path / "policy.json"
     out.write_text("mine")
-    with pytest.raises(UserError, match=r"--out .*policy.json: .*there already.*--overwrite"):
+    with pytest.raises(UserError, match=r"--out .*policy.json: .*already exists.*--overwrite"):
         search_workdir(workdir, ["avg_bits=3"], out, Settings(**SMALL))
     assert out.read_text() == "mine"
 
@@ -391,7 +391,7 @@ def test_the_points_of_a_front_score_on_test_as_they_do_alone(workdir, tmp_path)
 
 def test_a_front_that_is_there_is_refused_before_any_work(no_network, workdir, tmp_path):
     (tmp_path / "front.json").write_text("mine")
-    with pytest.raises(UserError, match=r"front.json: .*there already"):
+    with pytest.raises(UserError, match=r"front.json: .*already exists"):
         front_workdir(workdir, "bitops", tmp_path, Settings(**SMALL))
     assert [path.name for path in tmp_path.iterdir()] == ["front.json"]
 

@@ -181,7 +181,7 @@ def test_a_limit_on_the_size_of_files_ends_training_in_one_line(tmp_path):
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "checkpoints: cannot write" in done.stderr
+    assert "checkpoints: cannot save a checkpoint" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["| true", "| head -1", "1>&-", "2>&-", "<&- 1>&- 2>&-"])

@@ -14,6 +14,8 @@ from bitmixer_jax import data
 from bitmixer_jax.data import ImageReader
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
+from bitmixer_jax.export.workdir import Settings as ExportSettings
+from bitmixer_jax.export.workdir import export_workdir
 from bitmixer_jax.pairs import covering_policies
 from bitmixer_jax.runs import evaluate_workdir, train_and_report
 from bitmixer_jax.runtime import Runtime
@@ -270,3 +272,28 @@ def test_a_run_from_before_the_setting_of_orientation_ignores_tags(streamed, tmp
     run, _, _ = load_trained(workdir)
     assert run.load(run.test_split).settings.orientation == "ignore"
     assert Runtime.load(workdir, batch_size=8).reader.stream.orientation == "ignore"
+
+
+@pytest.mark.parametrize("change", ["renamed", "added", "removed", "in capitals"])
+def test_classes_that_changed_since_the_training_are_refused(streamed, pictures, tmp_path, change):
+    folder = shutil.copytree(pictures / "pictures", tmp_path / "pictures")
+    for split in sorted(path for path in folder.iterdir() if path.is_dir()):
+        last = sorted(path for path in split.iterdir() if path.is_dir())[-1]
+        if change == "renamed":
+            last.rename(split / "aaa")
+        elif change == "added":
+            shutil.copytree(last, split / "zzz")
+        elif change == "removed":
+            shutil.rmtree(last)
+        else:
+            last.rename(split / last.name.upper())
+    data_dir = str(tmp_path)
+    export = ExportSettings(format="packed", images=9, data_dir=data_dir)
+    for use in (
+        lambda: evaluate_workdir(streamed, data_dir=data_dir),
+        lambda: Trained(str(streamed), Settings(data_dir=data_dir)),
+        lambda: export_workdir(str(streamed), tmp_path / "net", export),
+    ):
+        with pytest.raises(UserError, match="has other classes than the network"):
+            use()
+    assert not (tmp_path / "net").exists()
