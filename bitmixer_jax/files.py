@@ -31,8 +31,8 @@ def user_path(text: str | os.PathLike[str]) -> pathlib.Path:
     """Returns a path that a user gave, with ``~`` expanded.
 
     Raises:
-      UserError: the path names a service (``gs://bucket/run``), holds a null character, or starts
-        with the ``~`` of a user without a home folder.
+      UserError: the path is empty, names a service (``gs://bucket/run``), holds a null character,
+        or starts with the ``~`` of a user without a home folder.
     """
     given = os.fspath(text)
     scheme, separator, _ = given.partition("://")
@@ -41,6 +41,8 @@ def user_path(text: str | os.PathLike[str]) -> pathlib.Path:
             f"{given}: paths of {scheme}:// are not supported; give a folder of a mounted file "
             "system (for gs:// gcsfuse mounts a bucket)"
         )
+    if not given:
+        raise UserError("an empty path; for the current folder give .")
     if "\0" in given:
         raise UserError(f"{given!r}: a path cannot hold a null character")
     try:

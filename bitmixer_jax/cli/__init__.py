@@ -8,6 +8,7 @@ imports wait until a command runs.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def command_line() -> None:
     """Runs the command that the process was started with, and ends the process."""
+    fill_closed()
+    shown = logging.StreamHandler()
+    shown.setFormatter(logging.Formatter("bitmixer: warning: %(message)s"))
+    logger = logging.getLogger("bitmixer_jax")
+    logger.addHandler(shown)
+    logger.propagate = False  # absl would show them again
     status = main()
     if status == 2:
         # What went wrong was said in one line. On a full disk, threads of orbax and TensorBoard
@@ -103,14 +110,39 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         return arguments.run(arguments)
     except UserError as error:
-        print(f"bitmixer: {error}", file=sys.stderr)
+        print(f"bitmixer: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bitmixer: interrupted; the same command goes on where it can", file=sys.stderr)
         return 130
     except (OSError, MemoryError) as error:
-        print(f"bitmixer: {_machine_error(error)}", file=sys.stderr)
+        print(f"bitmixer: {_one_line(_machine_error(error))}", file=sys.stderr)
         return 2
+    except (RuntimeError, AssertionError) as error:
+        if (text := _backend_error(error)) is None:
+            raise
+        print(f"bitmixer: {_one_line(text)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(text: object) -> str:
+    """Returns a text with the line breaks of paths and the like escaped."""
+    return str(text).replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _backend_error(error: RuntimeError | AssertionError) -> str | None:
+    """Says that JAX cannot start, or that no thread can; None for any other error."""
+    if "can't start new thread" in str(error):
+        return "no more threads can be started; give this process more memory and threads"
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as cause:  # jax raises several kinds, one of them without a text
+        lines = str(cause).splitlines() or ["no such devices"]
+        chosen = os.environ.get("JAX_PLATFORMS", "")
+        return f"JAX cannot start: {lines[0]} (the environment has JAX_PLATFORMS={chosen})"
+    return None
 
 
 def _machine_error(error: OSError | MemoryError) -> str:

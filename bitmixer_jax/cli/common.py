@@ -8,6 +8,7 @@ import pathlib
 from typing import Any, NoReturn, Protocol
 
 _MOST = 1_000_000
+_NARROWEST = 20  # columns of a terminal that a table is drawn for
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,7 +16,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        line = message.replace("\n", "\\n")
+        self.exit(2, f"{self.prog}: {line}; see {self.prog} --help\n")
 
 
 def path(text: str) -> pathlib.Path:
@@ -89,15 +91,34 @@ def print_markdown(lines: list[str]) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    Console().print(Markdown("\n".join(lines)))
+    console = Console()
+    if console.width < _NARROWEST:  # such as COLUMNS=0
+        console = Console(width=80)
+    console.print(Markdown("\n".join(lines)))
 
 
-def check_json(path: pathlib.Path | None) -> None:
-    """Says before the work that --json could not be written."""
-    if path is not None:
-        from bitmixer_jax.files import check_new
+def check_json(path: pathlib.Path | None, key: str) -> None:
+    """Checks that --json can be written: to a new file, or over an earlier result with ``key``.
 
-        check_new(path, "--json")
+    Raises:
+      UserError: the file cannot be written, or is no such result.
+    """
+    if path is None:
+        return
+    from bitmixer_jax.errors import UserError
+    from bitmixer_jax.files import check_new, read_json
+
+    check_new(path, "--json")
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or key not in found:
+        raise UserError(
+            f"--json {path}: already exists and is no result of this command; choose another path"
+        )
 
 
 def write_json(path: pathlib.Path | None, result: Any) -> None:

@@ -149,7 +149,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from bitmixer_jax.report import table
     from bitmixer_jax.runs import evaluate_workdir
 
-    check_json(arguments.json)
+    check_json(arguments.json, "examples")
     result = evaluate_workdir(
         arguments.workdir,
         policy=arguments.policy,
@@ -185,7 +185,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _benchmark(arguments: argparse.Namespace) -> int:
     from bitmixer_jax.benchmark import benchmark, describe
 
-    check_json(arguments.json)
+    check_json(arguments.json, "model")
     result = benchmark(
         arguments.model,
         batch_size=arguments.batch_size,

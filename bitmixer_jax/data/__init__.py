@@ -3,7 +3,7 @@
 from bitmixer_jax.data._dataset import Dataset
 from bitmixer_jax.data._names import require_classes
 from bitmixer_jax.data.augment import augment, normalize
-from bitmixer_jax.data.datasets import default_data_dir, load, open_split
+from bitmixer_jax.data.datasets import default_data_dir, load, open_split, reads_data_dir
 from bitmixer_jax.data.image_files import ImageReader, find_images, read_images
 from bitmixer_jax.data.order import Order
 from bitmixer_jax.data.prepare import prepare
@@ -25,5 +25,6 @@ __all__ = [
     "open_split",
     "prepare",
     "read_images",
+    "reads_data_dir",
     "require_classes",
 ]

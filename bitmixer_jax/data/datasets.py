@@ -34,6 +34,11 @@ def default_data_dir() -> pathlib.Path:
         ) from None
 
 
+def reads_data_dir(name: str) -> bool:
+    """Returns whether a data set is read from a folder of data sets, which ``data_dir`` names."""
+    return name != "digits" and not os.path.isabs(name.removeprefix("folder:"))
+
+
 def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """Loads one split of a data set, or a slice of one, into memory.
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.files import cannot_write
+from bitmixer_jax.files import cannot_write, read_json
 from bitmixer_jax.training import hosts
 
 FORMAT = "bitmixer-checkpoint"
@@ -92,6 +92,14 @@ class Checkpoints:
             )
         except OSError as error:
             raise cannot_write(self.folder, error) from None
+        except Exception as error:  # orbax reads a file of each checkpoint here
+            bad = _with_damaged_metadata(self.folder)
+            if bad is None:
+                raise
+            raise Damaged(
+                f"{bad}: damaged checkpoint ({_brief(error)}). Remove it to go back to the "
+                "checkpoint before it"
+            ) from None
         # Writes go on behind the training, so they must be quiet until the folder is closed.
         self._loud = (lambda: None) if read_only else _silence()
 
@@ -187,8 +195,12 @@ class Checkpoints:
                 item = self._manager.restore(step, args=args.Composite(notes=args.JsonRestore()))
                 found = self._shapes(step)
             notes = item["notes"]
-            if notes.get("format") != FORMAT or notes.get("step") != step:
+            if notes.get("format") != FORMAT:
                 raise UserError(f"{path}: not a checkpoint of this library ({FORMAT})")
+            if notes.get("step") != step:
+                raise UserError(
+                    f"{path}: holds the checkpoint of step {notes.get('step')}; give it its name"
+                )
         except UserError:
             raise
         except Exception as error:
@@ -311,6 +323,21 @@ class Checkpoints:
                     self._manager.close()
             finally:
                 self._loud()
+
+
+def _with_damaged_metadata(folder: pathlib.Path) -> pathlib.Path | None:
+    """Returns the first checkpoint whose metadata file of orbax is damaged."""
+    for path in sorted(folder.glob("*/_CHECKPOINT_METADATA")):
+        try:
+            found = read_json(path)
+        except (OSError, ValueError):  # orbax goes on without it
+            continue
+        nested = ("item_handlers", "metrics", "custom_metadata")
+        if not isinstance(found, dict) or not all(
+            isinstance(found.get(key) or {}, dict) for key in nested
+        ):
+            return path.parent
+    return None
 
 
 def _check_machine(path: pathlib.Path, error: BaseException) -> None:

@@ -58,7 +58,7 @@ def claim(
 
     Args:
       config: JSON tree.
-      free: top-level keys that may change between starts (how often to log, for example).
+      free: settings that may change between starts (how often to log, for example).
       defaults: of settings that a run from before they existed does not name.
       write: false: only check (of several processes one alone writes).
 
@@ -79,7 +79,7 @@ def claim(
             found = [
                 line
                 for line in differences(saved, _filled(config, defaults or {}))
-                if line.split(":")[0].split(".")[1] not in free
+                if not _is_free(line.partition(":")[0].removeprefix("config."), free)
             ]
             if found:
                 raise UserError(
@@ -96,6 +96,11 @@ def claim(
         write_whole(path, json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise cannot_write(workdir, error, "workdir") from None
+
+
+def _is_free(name: str, free: Iterable[str]) -> bool:
+    """Returns whether a setting is one of those, or within one of them."""
+    return any(f"{name}.".startswith(f"{allowed}.") for allowed in free)
 
 
 def _filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ FREE = (
     "data_dir",
     "report_random",
     "workers",
+    "stream.skip_unreadable",  # without it a run ends at the first such image
 )
 
 
@@ -183,7 +184,8 @@ class Run:
         The data of a trained network are normalised with the statistics of its training.
 
         Raises:
-          UserError: no such data; or their classes or image shape are not those of the training.
+          UserError: no such data; their classes or image shape are not those of the training; or
+            ``data_dir`` is given for data that are not read from such a folder.
         """
         data = datasets.open_split(
             self.dataset,
@@ -194,6 +196,8 @@ class Run:
         )
         if self.data_info is None:
             return data
+        if data_dir and data_dir != self.data_dir and not datasets.reads_data_dir(self.dataset):
+            raise UserError(f"--data_dir {data_dir}: {self.dataset} is not read from there")
         where = f"data set {self.dataset}"
         datasets.require_classes(data.classes, self.data_info["classes"], where)
         shape = tuple(self.data_info["image_shape"])

@@ -77,6 +77,11 @@ def train(
     if _has_teacher(run):
         _check_teacher(run.teacher, train_data.classes)
     plan = make_plan(run, run.network(train_data), len(train_data))
+    # Tried before the workdir is made, which belongs to one configuration: they may be wrong.
+    if _has_teacher(run):
+        load_weights(run.teacher, plan.model)
+    if run.init_from and not _has_checkpoints(workdir):
+        initial_state(plan, train_data)
     about = {
         "classes": list(train_data.classes),
         "image_shape": list(train_data.image_shape),
@@ -152,7 +157,7 @@ def _set_up(
     checkpoints: Checkpoints,
     opened: contextlib.ExitStack,
 ) -> tuple[_Trainer, TrainState]:
-    """Restores the state, or makes the first one; ``opened`` closes what is opened here."""
+    """Restores the newest state, or makes the first; ``opened`` closes what is opened here."""
     skipped: list[str] = []
     state = checkpoints.restore_whole(plan.abstract_state(), skipped.append)
     resumed = state is not None
@@ -430,6 +435,11 @@ class _Trainer:
 def _all_finite(tree: Any) -> jax.Array:
     """Whether all values of a tree of arrays are finite: a bool scalar."""
     return jax.numpy.stack([jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Returns whether a workdir has a checkpoint, so that training goes on from it."""
+    return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
 
 
 def _has_teacher(run: Run) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -192,6 +193,11 @@ def load_trained(source: str | pathlib.Path) -> tuple[Run, Network, dict[str, An
     if state is None:
         raise UserError(f"{folder}: no checkpoint yet; train it first")
     stage = run.stages[_stage_of(plan, int(state.step))]
+    if not name and int(state.step) < plan.ends[-1]:
+        logging.getLogger(__name__).warning(
+            "%s: not trained to its end: step %d of %d, stage %s",
+            *(folder, int(state.step), plan.ends[-1], stage.name),
+        )
     return run, as_of(plan.model, stage), state.variables
 
 

@@ -180,7 +180,9 @@ def _torch(path: pathlib.Path, file: BinaryIO) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # of what a damaged file makes torch believe
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        line = str(error).partition("\n")[0]
+        line = str(error).partition("\n")[0][:200]
+        if "Weights only" in line:  # it goes on with advice to let the file run code
+            line = "not of torch.save, or it holds more than tensors"
         raise UserError(f"{path}: not a state_dict that torch.load reads ({line})") from None
     for key in ("state_dict", "model"):  # what trainers wrap it in
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
