@@ -270,7 +270,9 @@ def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints._manager, "save", full)
-    with pytest.raises(UserError, match="the disk is full; that of step 7 is whole") as caught:
+    with pytest.raises(
+        UserError, match=r"the disk is full; that of step 7 is whole\. Make room"
+    ) as caught:
         checkpoints.save(make_state(8), {})
     assert "\n" not in str(caught.value)
     checkpoints.close()
@@ -291,6 +293,15 @@ def test_other_configuration_is_an_error_that_lists_the_differences(tmp_path):
     with pytest.raises(UserError, match=r"config\.json: .*config\.model\.width: 4 -> 8") as caught:
         claim(tmp_path, {"seed": 1, "model": {"width": 8}})
     assert "config.seed: 0 -> 1" in str(caught.value)
+
+
+def test_a_free_setting_within_others_leaves_those_fixed(tmp_path):
+    free = ("stream.skip",)
+    claim(tmp_path, {"stream": {"skip": False, "size": 8}}, free=free)
+    claim(tmp_path, {"stream": {"skip": True, "size": 8}}, free=free)
+    for changed in ({"skip": True, "size": 9}, {"skip": True, "size": 8, "skips": 1}):
+        with pytest.raises(UserError, match="another configuration: config.stream.s[ik]"):
+            claim(tmp_path, {"stream": changed}, free=free)
 
 
 def test_free_settings_may_change(tmp_path):

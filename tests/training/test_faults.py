@@ -237,3 +237,86 @@ def test_settings_beyond_reason_are_refused(tiny, tmp_path, setting):
     with pytest.raises(UserError):
         train(tiny(setting, variant="float"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# What people give.
+
+
+@pytest.mark.parametrize("name", ["init_from", "teacher"])
+@pytest.mark.parametrize("source", ["nowhere", "gs://bucket/run", "photo.png"])
+def test_a_wrong_source_of_weights_makes_no_workdir(name, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("photo.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    distill = ["--config.stages.mixed.distill=teacher"] if name == "teacher" else []
+    words = ["train", "--config", str(CONFIG), "--workdir", "run", f"--config.{name}={source}"]
+    assert cli.main([*words, *distill]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not pathlib.Path("run").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "policy.json"])
+def test_a_result_does_not_replace_a_file_that_is_none(trained, tmp_path, capsys, name):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    if name == "policy.json":
+        (workdir / name).write_text('{"format": "bitmixer-policy"}')
+    before = (workdir / name).read_bytes()
+    words = ["evaluate", "--workdir", str(workdir), "--no-uniform", "--policy", "3", "--json"]
+    assert cli.main([*words, str(workdir / name)]) == 2
+    assert "already exists and is no result" in capsys.readouterr().err
+    assert (workdir / name).read_bytes() == before
+    for _ in range(2):  # a result replaces an earlier one
+        assert cli.main([*words, str(tmp_path / "result.json")]) == 0
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "--config", str(CONFIG), "--workdir", ""])
+    assert "an empty path" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_folder_that_is_not_read_is_refused(trained):
+    with pytest.raises(UserError, match="--data_dir elsewhere: digits is not read from there"):
+        evaluate_workdir(str(trained), data_dir="elsewhere")
+
+
+def test_a_line_break_in_a_path_stays_on_one_line(capsys):
+    assert cli.main(["cost", "--workdir", "a\nb"]) == 2
+    assert capsys.readouterr().err == "bitmixer: a\\nb: no run here (config.json is missing)\n"
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "abc"])
+def test_a_terminal_without_columns_shows_the_table(trained, columns):
+    words = ["evaluate", "--workdir", trained, "--no-uniform", "--policy", "3"]
+    done = run_command(words, COLUMNS=columns)
+    assert done.returncode == 0
+    assert "policy 3,3,3,3,3,3 (3.00 bits on average)" in done.stdout
+
+
+def test_a_platform_that_jax_does_not_have_is_one_line(trained):
+    done = run_command(["cost", "--workdir", trained], JAX_PLATFORMS="nonsense")
+    assert done.returncode == 2
+    assert done.stderr.startswith("bitmixer: JAX cannot start: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_that_was_stopped_is_evaluated_with_a_word(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    shutil.rmtree(workdir / "checkpoints" / str(steps[-1]))
+    done = run_command(["cost", "--workdir", workdir])
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"bitmixer: warning: {workdir}: not trained to its end: step {steps[-2]} of {steps[-1]}, "
+        "stage weights\n"
+    )
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '{"item_handlers": 5}', '{"metrics": [1]}'])
+def test_damaged_metadata_of_a_checkpoint_are_one_line(trained, tmp_path, content):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    (newest / "_CHECKPOINT_METADATA").write_text(content)
+    with pytest.raises(UserError, match=f"{newest}: damaged checkpoint .*Remove it"):
+        load_trained(workdir)
