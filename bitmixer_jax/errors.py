@@ -1,4 +1,8 @@
-"""The one exception that means: what the user gave is wrong."""
+"""The exception for a mistake of the user, and how its message stays on one line."""
+
+import re
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 
 class UserError(ValueError):
@@ -6,3 +10,8 @@ class UserError(ValueError):
 
     The message is one line. The command line prints it without a traceback and exits with status 2.
     """
+
+
+def one_line(text: object) -> str:
+    """Returns a text with its line breaks and other control characters escaped."""
+    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], str(text))

@@ -94,7 +94,7 @@ def _lost_output(output: Output) -> bool:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    from bitmixer_jax.errors import UserError
+    from bitmixer_jax.errors import UserError, one_line
 
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -110,24 +110,19 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         return arguments.run(arguments)
     except UserError as error:
-        print(f"bitmixer: {_one_line(error)}", file=sys.stderr)
+        print(f"bitmixer: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bitmixer: interrupted; the same command goes on where it can", file=sys.stderr)
         return 130
     except (OSError, MemoryError) as error:
-        print(f"bitmixer: {_one_line(_machine_error(error))}", file=sys.stderr)
+        print(f"bitmixer: {one_line(_machine_error(error))}", file=sys.stderr)
         return 2
     except (RuntimeError, AssertionError) as error:
         if (text := _backend_error(error)) is None:
             raise
-        print(f"bitmixer: {_one_line(text)}", file=sys.stderr)
+        print(f"bitmixer: {one_line(text)}", file=sys.stderr)
         return 2
-
-
-def _one_line(text: object) -> str:
-    """Returns a text with the line breaks of paths and the like escaped."""
-    return str(text).replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _backend_error(error: RuntimeError | AssertionError) -> str | None:

@@ -99,6 +99,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    from bitmixer_jax.errors import one_line
     from bitmixer_jax.export.predict import predict_files
 
     found = predict_files(
@@ -106,5 +107,5 @@ def _predict(arguments: argparse.Namespace) -> int:
     )
     for file, classes in found:
         named = ", ".join(f"{name} {100 * share:.1f}%" for name, share in classes)
-        print(f"{file}: {named}")
+        print(f"{one_line(file)}: {named}")
     return 0

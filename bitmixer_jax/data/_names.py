@@ -1,17 +1,10 @@
 """Names of files and classes in messages: short lists, on one line."""
 
-import re
 from collections.abc import Sequence
 
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, one_line
 
 _NAMED = 10  # names in a message: enough to see what they have in common
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
-
-
-def one_line(text: object) -> str:
-    """Returns a text with its line breaks and other control characters escaped."""
-    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], str(text))
 
 
 def listed(names: Sequence[str]) -> str:
