@@ -169,13 +169,14 @@ def _classes(folder: pathlib.Path) -> list[str]:
 def _files(folder: pathlib.Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(
-                e.name
-                for e in entries
-                if e.name.lower().endswith(SUFFIXES) and e.name[0] != "." and not e.is_dir()
-            )
+            found = sorted((e.name, e.is_dir()) for e in entries if e.name[0] != ".")
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    images = [name for name, is_dir in found if not is_dir and name.lower().endswith(SUFFIXES)]
+    within = [name for name, is_dir in found if is_dir]
+    if images and within:
+        _log.warning("%s: images in folders within it are not read: %s", folder, listed(within))
+    return images
 
 
 def _suffixes() -> str:

@@ -208,3 +208,9 @@ def test_one_split_under_two_names_is_refused(pictures):
     (pictures / "pictures" / "validation").mkdir()
     with pytest.raises(UserError, match="val and validation are the same split"):
         opened(("folder:pictures", pictures))
+
+
+def test_folders_within_a_class_are_named(pictures, caplog):
+    (min((pictures / "pictures" / "train").iterdir()) / "more").mkdir()
+    assert len(opened(("folder:pictures", pictures)))
+    assert [r.getMessage().endswith("are not read: more") for r in caplog.records] == [True]
