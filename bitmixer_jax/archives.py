@@ -19,7 +19,7 @@ _BROKEN = (
 def refuse_bombs(path: pathlib.Path, file: BinaryIO) -> None:
     """Refuses a zip archive whose parts are larger than the archive. Other files pass.
 
-    The position in the file is its start afterwards.
+    Afterwards the file is at its start.
 
     Raises:
       UserError: the archive is compressed, or says sizes that it cannot hold.

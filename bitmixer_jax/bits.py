@@ -92,11 +92,8 @@ class BitSpace:
         """
         try:
             policy = np.asarray(widths)
-        except (
-            ValueError,
-            RuntimeError,
-            TypeError,
-        ):  # rows of different lengths; what torch cannot give
+        # Rows of different lengths, or tensors that numpy cannot read.
+        except (ValueError, RuntimeError, TypeError):
             policy = np.zeros(0)
         if policy.ndim not in (1, 2) or not np.issubdtype(policy.dtype, np.integer):
             raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,21 +16,23 @@ def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
     # Importing matplotlib fails where MPLBACKEND names a backend that is not installed, such as
     # that of a notebook. Figures are drawn to files here, so the backend does not matter.
     backend = os.environ.pop("MPLBACKEND", None)
+    first = "matplotlib" not in sys.modules
     try:
         import matplotlib
         from matplotlib.figure import Figure
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
-            with contextlib.suppress(ValueError):  # not installed
-                matplotlib.rcParams["backend"] = backend
+    if first and backend is not None:  # what this import would have chosen, for plots of the caller
+        with contextlib.suppress(ValueError):  # not installed
+            matplotlib.rcParams["backend"] = backend
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, 1, sharex=True)
 
 
 def literal(text: str) -> str:
-    """Returns a text for a plot as it stands: two dollar signs would make it a formula."""
+    """Escapes dollar signs, so that a plot shows a text and not a formula."""
     return text.replace("$", r"\$")
 
 

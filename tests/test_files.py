@@ -135,7 +135,7 @@ def test_a_lock_dies_with_its_process(tmp_path):
 
 
 def test_the_lock_of_another_process_stays(tmp_path):
-    """Where a folder was removed and made anew while a process worked in it."""
+    """A workdir may be removed and made anew while a process works in it."""
     path = tmp_path / ".lock"
     with hold(path, "old"):
         path.unlink()

@@ -16,8 +16,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
-        line = message.replace("\n", "\\n")
-        self.exit(2, f"{self.prog}: {line}; see {self.prog} --help\n")
+        from bitmixer_jax.errors import one_line
+
+        self.exit(2, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
 
 
 def path(text: str) -> pathlib.Path:

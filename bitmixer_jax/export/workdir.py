@@ -247,10 +247,10 @@ def _export(workdir: str, out: pathlib.Path, settings: Settings, overwrite: bool
 
 
 def _put(made: pathlib.Path, out: pathlib.Path) -> None:
-    """Moves an export to its place. A file is replaced at once; a folder is not, but is checked."""
-    if out.is_dir():
-        _check_folder(out)
-        shutil.rmtree(out)
+    """Moves an export to its place. A file replaces a file atomically; a folder does not."""
+    _check_folder(out)  # since the export began
+    if made.is_dir() or out.is_dir():
+        _remove(out)
     made.replace(out)
 
 

@@ -187,6 +187,8 @@ class Run:
           UserError: no such data; their classes or image shape are not those of the training; or
             ``data_dir`` is given for data that are not read from such a folder.
         """
+        if data_dir and data_dir != self.data_dir and not datasets.reads_data_dir(self.dataset):
+            raise UserError(f"--data_dir {data_dir}: {self.dataset} is not read from there")
         data = datasets.open_split(
             self.dataset,
             split,
@@ -196,8 +198,6 @@ class Run:
         )
         if self.data_info is None:
             return data
-        if data_dir and data_dir != self.data_dir and not datasets.reads_data_dir(self.dataset):
-            raise UserError(f"--data_dir {data_dir}: {self.dataset} is not read from there")
         where = f"data set {self.dataset}"
         datasets.require_classes(data.classes, self.data_info["classes"], where)
         shape = tuple(self.data_info["image_shape"])

@@ -77,11 +77,12 @@ def train(
     if _has_teacher(run):
         _check_teacher(run.teacher, train_data.classes)
     plan = make_plan(run, run.network(train_data), len(train_data))
-    # Tried before the workdir is made, which belongs to one configuration: they may be wrong.
-    if _has_teacher(run):
-        load_weights(run.teacher, plan.model)
-    if run.init_from and not _has_checkpoints(workdir):
-        initial_state(plan, train_data)
+    if not _has_checkpoints(workdir):
+        # A workdir belongs to one configuration, so a wrong source must fail before it is made.
+        if _has_teacher(run):
+            load_weights(run.teacher, plan.model)
+        if run.init_from:
+            initial_state(plan, train_data)
     about = {
         "classes": list(train_data.classes),
         "image_shape": list(train_data.image_shape),
@@ -109,12 +110,11 @@ def train(
             check()
 
         hosts.by_the_first(take, partial(check, write=False))
-        _train(run, plan, workdir, train_data, test_data, devices)
+        _train(plan, workdir, train_data, test_data, devices)
     return run
 
 
 def _train(
-    run: Run,
     plan: Plan,
     workdir: pathlib.Path,
     train_data: Dataset | Streamed,
@@ -122,11 +122,12 @@ def _train(
     devices: list[jax.Device],
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to the end of the last stage."""
+    run = plan.run
     checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=plan.ends)
     with contextlib.ExitStack() as opened:
         try:
             trainer, state = _set_up(
-                run, plan, workdir, train_data, test_data, devices, checkpoints, opened
+                plan, workdir, train_data, test_data, devices, checkpoints, opened
             )
             with _Signals() as signals:
                 for stage in range(len(run.stages)):
@@ -148,7 +149,6 @@ def _train(
 
 
 def _set_up(
-    run: Run,
     plan: Plan,
     workdir: pathlib.Path,
     train_data: Dataset | Streamed,
@@ -158,7 +158,7 @@ def _set_up(
     opened: contextlib.ExitStack,
 ) -> tuple[_Trainer, TrainState]:
     """Restores the newest state, or makes the first; ``opened`` closes what is opened here."""
-    skipped: list[str] = []
+    run, skipped = plan.run, list[str]()
     state = checkpoints.restore_whole(plan.abstract_state(), skipped.append)
     resumed = state is not None
     if state is None:

@@ -123,3 +123,11 @@ def test_a_link_is_not_replaced(trained, tmp_path):
     settings = dataclasses.replace(QUICK, format="pytorch")
     one_line(export_workdir, str(trained), tmp_path / "net", settings, True, match="a link")
     assert (tmp_path / "net").is_symlink()
+
+
+def test_a_folder_takes_the_place_of_a_file_that_may_be_overwritten(trained, tmp_path):
+    pytest.importorskip("torch")
+    (tmp_path / "net").write_text("old")
+    settings = dataclasses.replace(QUICK, format="pytorch")
+    export_workdir(str(trained), tmp_path / "net", settings, True)
+    assert (tmp_path / "net" / "model.py").is_file()
