@@ -8,10 +8,16 @@ The names below load on first use, so that a command such as ``bitmixer --help``
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bitmixer_jax import deprecated
 from bitmixer_jax.version import __version__
 
 if TYPE_CHECKING:
-    from bitmixer_jax.bits import (
+    from bitmixer_jax.controller import Controller
+    from bitmixer_jax.cost import costs
+    from bitmixer_jax.errors import UserError
+    from bitmixer_jax.front import load_front
+    from bitmixer_jax.models import create_model
+    from bitmixer_jax.policy import (
         BitSpace,
         load_policy,
         sample_average,
@@ -21,22 +27,19 @@ if TYPE_CHECKING:
         save_policy,
         with_widths,
     )
-    from bitmixer_jax.controller import Controller
-    from bitmixer_jax.cost import costs
-    from bitmixer_jax.errors import UserError
-    from bitmixer_jax.front import load_front
-    from bitmixer_jax.models import create_model
     from bitmixer_jax.runtime import Runtime
 
+deprecated.install()
+
 _HOME = {
-    "BitSpace": "bits",
-    "load_policy": "bits",
-    "sample_average": "bits",
-    "sample_mixed": "bits",
-    "sample_random": "bits",
-    "sample_uniform": "bits",
-    "save_policy": "bits",
-    "with_widths": "bits",
+    "BitSpace": "policy",
+    "load_policy": "policy",
+    "sample_average": "policy",
+    "sample_mixed": "policy",
+    "sample_random": "policy",
+    "sample_uniform": "policy",
+    "save_policy": "policy",
+    "with_widths": "policy",
     "Controller": "controller",
     "costs": "cost",
     "UserError": "errors",

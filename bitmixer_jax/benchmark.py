@@ -17,9 +17,9 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
 from bitmixer_jax.models import Network, create_model
 from bitmixer_jax.training.optimizer import OptimizerSettings, make_optimizer
-from bitmixer_jax.training.plan import init
+from bitmixer_jax.training.schedule import init
 from bitmixer_jax.training.stages import Stage
-from bitmixer_jax.training.step import Spread, StepSettings, TrainState, make_train_step
+from bitmixer_jax.training.step import ParallelStep, StepSettings, TrainState, make_train_step
 
 KINDS = {
     "float": Stage(name="float", epochs=1, quantize="nothing"),
@@ -93,7 +93,7 @@ def benchmark(
     examples = Dataset(
         name, "benchmark", images, labels, tuple("0123456789"), *_moments(model.image_shape[-1])
     )
-    for kind, network in (("float", model.float_twin()), ("policies", model)):
+    for kind, network in (("float", model.baseline()), ("policies", model)):
         add(result["evaluation"].setdefault(kind, {}), _evaluation(network, examples, devices))
     add(result["data"], _augmentation(images))
 
@@ -119,7 +119,7 @@ def benchmark(
 class _Training:
     """Training that goes on a step with each call."""
 
-    def __init__(self, step: Spread, state: TrainState, data: Any, rows: np.ndarray):
+    def __init__(self, step: ParallelStep, state: TrainState, data: Any, rows: np.ndarray):
         self.step, self.state, self._arguments = step, state, (data, rows)
 
     def __call__(self) -> None:
@@ -162,9 +162,9 @@ def _moments(channels: int) -> tuple[np.ndarray, np.ndarray]:
 
 def prepare_step(
     model: Network, stage: Stage, batch_size: int, devices: list[Any]
-) -> tuple[Spread, TrainState]:
+) -> tuple[ParallelStep, TrainState]:
     """The step of a stage, and a fresh state on the devices; the float twin's if that is asked."""
-    network = model.float_twin() if stage.quantize == "nothing" else model
+    network = model.baseline() if stage.quantize == "nothing" else model
     tx = make_optimizer(OptimizerSettings(), stage, 1000)
     channels = network.image_shape[-1]
     settings = StepSettings(
@@ -182,7 +182,7 @@ def prepare_step(
     params = variables["params"]
     state = TrainState(jnp.int32(0), params, variables["batch_stats"], tx.init(params))
     step = make_train_step(network, stage, tx, settings)
-    return Spread(step, devices), replicate(state, devices)
+    return ParallelStep(step, devices), replicate(state, devices)
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -74,7 +74,7 @@ class Controller:
         for what, its, own in (
             ("layers", tuple(front.names), tuple(runtime.names)),
             ("widths", tuple(front.choices), runtime.space.choices),
-            ("weights", front.network, runtime.network),
+            ("weights", front.weights_digest, runtime.weights_digest),
         ):
             if its != own:
                 raise UserError(f"a front of another network: its {what} differ; search again")

@@ -3,7 +3,7 @@
 Every cost but the peak of activation memory is a sum over layers of a number that depends on the
 layer's own width, so a cost is a table ``[L, n]``, and the cost of many policies is one lookup.
 The tables follow from ``model.layers`` alone. Stem and head have no width to choose; budgets and
-searches leave them out, and `Cost.ends` says what they add.
+searches leave them out, and `Cost.first_last_layers` says what they add.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import closest
+from bitmixer_jax.deprecated import new_keys
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.json_files import read_document, shown
 from bitmixer_jax.models import Network
+from bitmixer_jax.policy import closest
 
 LATENCY_FORMAT = "bitmixer-latency"
 LATENCY_VERSION = 1
@@ -35,7 +36,7 @@ class Cost:
       choices: widths that the columns of the table stand for.
       table: float64 ``[L, n]``, what a layer costs at each width; a policy costs the sum,
       divisor: over this (whole numbers in the table keep averages exact).
-      ends: what stem and head add, which the call leaves out.
+      first_last_layers: what stem and head add, which the call leaves out.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Cost:
     choices: tuple[int, ...]
     table: np.ndarray
     divisor: float = 1.0
-    ends: float = 0.0
+    first_last_layers: float = 0.0
 
     def __call__(self, policies: Any) -> np.ndarray:
         """Cost of each policy, stem and head left out: float64 ``[M]`` for ``[M, L]`` widths.
@@ -86,10 +87,10 @@ def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str
     latency_ms        ms         from a table measured elsewhere
     ================  =========  ===================================================================
 
-    Convention: `Cost.table` covers the layers that have a width. `Cost.ends` is what stem and head
-    add: BitOPs at 32 x 32 bits and 4 bytes a weight if they are real-valued, 8 x 8 bits and 1 byte
-    if they are int8 (biases: 4 bytes). Batch-norm tables, step sizes and the additions of residual
-    branches are not counted.
+    Convention: `Cost.table` covers the layers that have a width. `Cost.first_last_layers` is what
+    stem and head add: BitOPs at 32 x 32 bits and 4 bytes a weight if they are real-valued,
+    8 x 8 bits and 1 byte if they are int8 (biases: 4 bytes). Batch-norm tables, step sizes and
+    the additions of residual branches are not counted.
 
     Args:
       model: a switchable network.
@@ -106,9 +107,9 @@ def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str
     planes = np.asarray(
         [sum(math.ceil(kernel.params / 8) for kernel in layer.kernels) for layer in layers]
     )[:, None]
-    read = np.minimum(bits + (model.quant.weight_kind == "double"), model.space.widest)
+    read = np.minimum(bits + (model.quant.weight_quantizer == "double"), model.space.widest)
     inputs = np.asarray([math.prod(layer.input) for layer in layers], np.float64)[:, None]
-    end_bits = 8 if model.ends == "int8" else 32
+    end_bits = 8 if model.first_last_layers == "int8" else 32
     end_weights = model.stem_conv.params + model.features * model.num_classes
     end_macs = model.stem_conv.macs + model.features * model.num_classes
     end_inputs = math.prod(model.image_shape) + model.features
@@ -128,9 +129,9 @@ def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str
             choices=model.space.choices,
             table=table,
             divisor=float(divisor),
-            ends=float(ends),
+            first_last_layers=float(fixed),
         )
-        for name, (unit, table, divisor, ends) in rows.items()
+        for name, (unit, table, divisor, fixed) in rows.items()
     }
     if latency is not None:
         found["latency_ms"] = load_latency(latency, model)
@@ -148,7 +149,7 @@ def activation_peak(model: Network, policies: Any) -> np.ndarray:
       policies: ``[M, L]`` widths, or one policy ``[L]``.
     """
     bits = np.asarray(policies, np.float64)
-    end = np.full((*bits.shape[:-1], 1), 8.0 if model.ends == "int8" else 32.0)
+    end = np.full((*bits.shape[:-1], 1), 8.0 if model.first_last_layers == "int8" else 32.0)
     after = np.concatenate([bits[..., 1:], end], axis=-1)
     inputs = np.asarray([math.prod(layer.input) for layer in model.layers])
     outputs = np.asarray([math.prod(layer.kernels[0].output) for layer in model.layers])
@@ -159,8 +160,9 @@ def load_latency(path: str | pathlib.Path, model: Network) -> Cost:
     """Reads a latency file: the cost "latency_ms".
 
     The file is ``{"format": "bitmixer-latency", "version": 1, "layers": {NAME: {"2": SECONDS,
-    "3": ..., ...}, ...}, "ends": SECONDS}``: seconds that a layer takes at each width, and what
-    stem and head take (optional). Further keys (device, threads, date) are yours.
+    "3": ..., ...}, ...}, "first_last_layers": SECONDS}``: seconds that a layer takes at
+    each width, and what stem and head take (optional). Further keys (device, threads, date)
+    are yours.
 
     Raises:
       UserError: no such file, not a latency file, or layers, widths or numbers that do not fit.
@@ -181,13 +183,15 @@ def load_latency(path: str | pathlib.Path, model: Network) -> Cost:
         if missing:
             raise UserError(f"{path}: layer {name!r} has no seconds at {missing[0]} bits")
         rows.append([_seconds(path, name, times[str(b)]) for b in model.space.choices])
-    ends = _seconds(path, "ends", content.get("ends", 0.0))
+    content = new_keys(content, {"ends": "first_last_layers"})
+    fixed = content.get("first_last_layers", 0.0)
+    fixed = _seconds(path, "first_last_layers", fixed)
     return Cost(
         name="latency_ms",
         unit="ms",
         choices=model.space.choices,
         table=1e3 * np.asarray(rows, np.float64),
-        ends=1e3 * ends,
+        first_last_layers=1e3 * fixed,
     )
 
 
@@ -203,7 +207,9 @@ def describe(model: Network, policy: Any, of: Mapping[str, Cost]) -> list[str]:
     rows = ["| cost | this policy | of the widest | with stem and head |", "|---|---|---|---|"]
     for cost in of.values():
         value = float(cost(widths))
-        both = f"{value + cost.ends:,.6g} {cost.unit}" if cost.ends else ""
+        both = (
+            f"{value + cost.first_last_layers:,.6g} {cost.unit}" if cost.first_last_layers else ""
+        )
         share = f"{100 * value / cost.widest:.1f}%" if cost.widest else ""
         rows.append(f"| {cost.name} | {value:,.6g} {cost.unit} | {share} | {both} |")
     peak, most = (

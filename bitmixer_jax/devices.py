@@ -12,12 +12,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "batch"  # the axis over devices
 
 
-def mine(devices: Sequence[jax.Device]) -> list[jax.Device]:
+def local_devices(devices: Sequence[jax.Device]) -> list[jax.Device]:
     """Those of ``devices`` that belong to this process."""
     return [device for device in devices if device.process_index == jax.process_index()]
 
 
-def places(devices: Sequence[jax.Device], batch_size: int) -> np.ndarray:
+def local_batch_indices(devices: Sequence[jax.Device], batch_size: int) -> np.ndarray:
     """Places in a batch over all ``devices`` that those of this process take: int ``[b]``, rising.
 
     Args:
@@ -32,7 +32,7 @@ def shard(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
     With several processes, B is of the devices of this one alone.
     """
-    here = mine(devices)
+    here = local_devices(devices)
     sharding = NamedSharding(Mesh(np.asarray(devices), (AXIS,)), PartitionSpec(AXIS))
 
     def place(array: np.ndarray) -> jax.Array:
@@ -49,5 +49,5 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
     With several processes, each places it on its own.
     """
-    mesh = Mesh(np.asarray(mine(devices)), (AXIS,))
+    mesh = Mesh(np.asarray(local_devices(devices)), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bitmixer_jax.bits import sample_random
+from bitmixer_jax import deprecated
 from bitmixer_jax.data import Dataset, Streamed, normalize
-from bitmixer_jax.devices import mine, places, shard
+from bitmixer_jax.devices import local_batch_indices, local_devices, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
-from bitmixer_jax.pairs import never_visited
+from bitmixer_jax.pairs import uncalibrated_pairs
+from bitmixer_jax.policy import sample_random
 
 
-class NeverVisited(UserError):
+class UncalibratedPairs(UserError):
     """Policies need batch norm statistics of pairs that no training step visited."""
 
 
@@ -73,7 +74,7 @@ class Evaluator:
         size = min(batch_size, -(-len(data) // len(devices)))
         whole = size * len(devices)
         self._number = -(-len(data) // whole)
-        own, here = places(devices, whole), mine(devices)
+        own, here = local_batch_indices(devices, whole), local_devices(devices)
         self._shared = len(here) < len(devices)
         self._feed: Callable[[], Iterable[Any]]
         if isinstance(data, Streamed):
@@ -134,10 +135,10 @@ class Evaluator:
             policies = np.zeros((len(policies), self.model.num_layers), np.int32)
         else:
             policies = self.model.space.check(policies, self.model.num_layers)
-        missing = never_visited(self.model, variables["batch_stats"], policies)
+        missing = uncalibrated_pairs(self.model, variables["batch_stats"], policies)
         if missing:
             layer, before, own = missing[0]
-            raise NeverVisited(
+            raise UncalibratedPairs(
                 f"{len(missing)} pairs of widths were never visited in training, such as "
                 f"{before or 'any'}->{own} bits at {layer}: their BN statistics are unknown; train "
                 "for longer, or recalibrate them (evaluate --recalibrate)"
@@ -296,3 +297,6 @@ def evaluate(
     if policy is not None:
         result["policy"] = {"widths": blocks[-1][0].tolist(), "top1": float(scores[-1])}
     return result
+
+
+__getattr__ = deprecated.module_getattr(__name__)

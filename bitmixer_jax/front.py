@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.deprecated import new_keys
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import write_new
 from bitmixer_jax.json_files import read_document, shown
+from bitmixer_jax.policy import BitSpace
 
 FRONT_FORMAT = "bitmixer-front"
 FRONT_VERSION = 1
@@ -49,7 +50,7 @@ class Front:
       choices: widths of the network.
       cost: what is meant by cost, such as "bitops" (a key of `cost.costs`).
       unit: of the cost.
-      network: digest of the weights that were evaluated (`checkpoints.digest`).
+      weights_digest: digest of the weights that were evaluated (`checkpoints.digest`).
       notes: further JSON values kept in the file: method, seed, images, ...
     """
 
@@ -58,7 +59,7 @@ class Front:
     choices: tuple[int, ...]
     cost: str
     unit: str
-    network: str
+    weights_digest: str
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def best(self, budget: float) -> Point | None:
@@ -77,7 +78,7 @@ class Front:
             **self.notes,
             "format": FRONT_FORMAT,
             "version": FRONT_VERSION,
-            "network": self.network,
+            "weights_digest": self.weights_digest,
             "cost": self.cost,
             "unit": self.unit,
             "choices": list(self.choices),
@@ -105,12 +106,12 @@ def load_front(
     path: str | pathlib.Path,
     names: Sequence[str],
     space: BitSpace,
-    network: str | None = None,
+    weights_digest: str | None = None,
 ) -> Front:
     """Reads a front file made for the network whose layers are called ``names``.
 
     Args:
-      network: digest of the weights that will run; None accepts a front of other weights.
+      weights_digest: digest of the weights that will run; None accepts a front of other weights.
 
     Raises:
       UserError: the file is missing, not a front, empty, damaged, or of another network.
@@ -119,15 +120,16 @@ def load_front(
     for key, mine in (("choices", list(space.choices)), ("layers", list(names))):
         if content.get(key) != mine:
             raise UserError(f"{path}: a front of another network: its {key} differ")
-    if network is not None and content.get("network") != network:
+    content = new_keys(content, {"network": "weights_digest"})
+    if weights_digest is not None and content.get("weights_digest") != weights_digest:
         raise UserError(
             f"{path}: a front of other weights of this network (retrained since?); search again"
         )
     try:
         points = tuple(_point(entry) for entry in content["points"])
-        text = {key: content[key] for key in ("cost", "unit", "network")}
+        text = {key: content[key] for key in ("cost", "unit", "weights_digest")}
         if not all(isinstance(value, str) for value in text.values()):
-            raise TypeError("cost, unit and network must be text")
+            raise TypeError("cost, unit and weights_digest must be text")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged front file ({error})") from None
     if not points:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.policy import BitSpace
 
 
 def check_images(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:

@@ -49,7 +49,7 @@ class LayerInfo:
       name: such as "stage2.block1.conv1"; also its name in the variables.
       kind: "conv" or "depthwise".
       kernels: one KernelInfo, or two with a projection shortcut.
-      previous: which layer's width precedes its own (index into ``model.layers``); -1: the stem.
+      predecessor: which layer's width precedes its own (index into ``model.layers``); -1: the stem.
       block: which block it belongs to, counted from 0.
       signed: whether its input takes both signs.
       input: ``(H, W, C)`` of one example.
@@ -58,7 +58,7 @@ class LayerInfo:
     name: str
     kind: str
     kernels: tuple[KernelInfo, ...]
-    previous: int
+    predecessor: int
     block: int
     signed: bool
     input: tuple[int, int, int]

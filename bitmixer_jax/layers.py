@@ -2,7 +2,7 @@
 
 A quantised layer is: quantise the input once at its width, convolve codes with codes, and
 normalise with the batch-norm slice of the pair (width of the layer before, own width). Widths
-arrive as an *index* into ``Quantization.space.choices``: a Python int (static: the compiler
+arrive as an *index* into ``QuantConfig.space.choices``: a Python int (static: the compiler
 specialises) or an int32 scalar (traced: one programme serves all widths).
 """
 
@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bitmixer_jax import quantizers
-from bitmixer_jax.bits import BitSpace
+from bitmixer_jax import deprecated, quantizers
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.layer_table import LayerInfo, Padding
+from bitmixer_jax.policy import BitSpace
 
 Norm = Literal["transitional", "per_width"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantization:
+class QuantConfig:
     """What is quantised in a network, and how. Truth table of the two flags:
 
         activations  weights   used by
@@ -34,13 +34,13 @@ class Quantization:
         True         False     stage 1 (our reading of the paper)
         True         True      stages 2 and 3, inference
 
-    The variables are the same in the last two cases, so a state walks through the stages as it is.
+    The variables are the same in the last two cases, so a state uses the stages as it is.
 
     Attributes:
       space: widths that a layer may take; None is the float twin, with one plain BN per kernel.
       activations: quantise the input of each layer.
       weights: quantise its kernels.
-      weight_kind: one of ``quantizers.KINDS``.
+      weight_quantizer: one of ``quantizers.WEIGHT_QUANTIZERS``.
       norm: "transitional" (a BN per pair of widths) or "per_width" (a BN per own width).
       momentum: of the running statistics.
       epsilon: added to the variance.
@@ -52,7 +52,7 @@ class Quantization:
     space: BitSpace | None = dataclasses.field(default_factory=BitSpace)
     activations: bool = True
     weights: bool = True
-    weight_kind: str = "floor"
+    weight_quantizer: str = "floor"
     norm: Norm = "transitional"
     momentum: float = 0.9
     epsilon: float = 1e-5
@@ -61,7 +61,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         for value, allowed, what in (
-            (self.weight_kind, quantizers.KINDS, "weight quantiser"),
+            (self.weight_quantizer, quantizers.WEIGHT_QUANTIZERS, "weight quantiser"),
             (self.norm, ("transitional", "per_width"), "norm"),
             (self.compute_dtype, ("float32", "bfloat16"), "compute_dtype"),
         ):
@@ -80,7 +80,7 @@ class Quantization:
         """Number of widths; 1 for the float twin."""
         return 1 if self.space is None else self.space.n
 
-    def float_twin(self) -> Quantization:
+    def baseline(self) -> QuantConfig:
         """The same settings with quantisation off and one plain BN per kernel."""
         return dataclasses.replace(self, space=None)
 
@@ -160,7 +160,7 @@ class QuantActivation(nn.Module):
     `init` is called with (LSQ). The float twin has none.
     """
 
-    quant: Quantization
+    quant: QuantConfig
     signed: bool = False
 
     @nn.compact
@@ -172,7 +172,7 @@ class QuantActivation(nn.Module):
         steps = self.param(
             "step",
             lambda _: jnp.stack(
-                [quantizers.initial_step(x, b, self.signed) for b in space.choices]
+                [quantizers.init_step_size(x, b, self.signed) for b in space.choices]
             ),
         )
         if not self.quant.activations:
@@ -183,7 +183,7 @@ class QuantActivation(nn.Module):
 class _Kernel(nn.Module):
     """The kernel of a layer, quantised. Base of QuantConv and QuantDense."""
 
-    quant: Quantization
+    quant: QuantConfig
 
     def codes(self, shape: tuple[int, ...], init: Any, index: Any) -> tuple[jax.Array, Any]:
         """Returns (codes, step) of the kernel ``shape``; (kernel, None) where it stays real."""
@@ -191,11 +191,11 @@ class _Kernel(nn.Module):
         space = self.quant.space
         if space is None:
             return kernel, None
-        kind = self.quant.weight_kind
+        kind = self.quant.weight_quantizer
         widths = space.choices if kind == "independent" else (space.widest,)
         steps = self.param(
             "step",
-            lambda _: jnp.stack([quantizers.initial_step(kernel, b, True) for b in widths]),
+            lambda _: jnp.stack([quantizers.init_step_size(kernel, b, True) for b in widths]),
         )
         if not self.quant.weights:
             return kernel, None
@@ -269,38 +269,38 @@ class TransitionalBatchNorm(nn.Module):
         batch_stats/mean, batch_stats/var     float32 [P, n, C]
         batch_stats/count                     int32   [P, n]  training steps that used the pair
 
-    A step reads and updates the one pair it walks through. Running statistics are the plain
+    A step reads and updates the one pair it uses. Running statistics are the plain
     average of the first visits to a pair and an exponential one from then on, so that a rarely
     visited pair is not biased towards its starting values.
     """
 
-    quant: Quantization
-    previous: int = 1
+    quant: QuantConfig
+    predecessor: int = 1
 
     @nn.compact
     def __call__(
-        self, sums: jax.Array, step: jax.Array | None, previous: Any, index: Any, train: bool
+        self, sums: jax.Array, step: jax.Array | None, predecessor: Any, index: Any, train: bool
     ) -> jax.Array:
         """Normalises ``step * sums``.
 
         Args:
           sums: ``[N, H, W, C]`` float32.
           step: scalar or None (1).
-          previous: index of the width of the layer before; 0 where P is 1.
+          predecessor: index of the width of the layer before; 0 where P is 1.
           index: index of the width of this layer.
           train: use the batch's statistics, and update the running ones.
 
         Returns:
           ``[N, H, W, C]`` float32.
         """
-        table = (self.previous, self.quant.n)
+        table = (self.predecessor, self.quant.n)
         shape = (*table, sums.shape[-1])
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         count = self.variable("batch_stats", "count", jnp.zeros, table, jnp.int32)
-        pair = (previous, index)
+        pair = (predecessor, index)
         # sums stay unscaled: mean(step x) = step mean(x) costs nothing on [C].
         factor = jnp.float32(1) if step is None else step
         if train or self.is_initializing():
@@ -345,20 +345,20 @@ class QuantLayer(nn.Module):
     """A layer as its LayerInfo describes it: quantise, convolve, normalise; once per kernel."""
 
     info: LayerInfo
-    quant: Quantization
+    quant: QuantConfig
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, previous: Any, index: Any, train: bool
+        self, x: jax.Array, predecessor: Any, index: Any, train: bool
     ) -> tuple[jax.Array, ...]:
         """Returns the normalised output ``[N, H', W', C_out]`` of each kernel.
 
         Args:
           x: ``[N, H, W, C]`` float32.
-          previous, index: of the widths of the layer before and of this one.
+          predecessor, index: of the widths of the layer before and of this one.
           train: see TransitionalBatchNorm.
         """
-        after_layer = self.info.previous >= 0 and self.quant.norm == "transitional"
+        after_layer = self.info.predecessor >= 0 and self.quant.norm == "transitional"
         codes, step = QuantActivation(self.quant, self.info.signed, name="input")(x, index)
         outputs = []
         for kernel in self.info.kernels:
@@ -374,5 +374,8 @@ class QuantLayer(nn.Module):
             norm = TransitionalBatchNorm(
                 self.quant, self.quant.n if after_layer else 1, name=f"{kernel.name}_norm"
             )
-            outputs.append(norm(sums, scale, previous if after_layer else 0, index, train))
+            outputs.append(norm(sums, scale, predecessor if after_layer else 0, index, train))
         return tuple(outputs)
+
+
+__getattr__ = deprecated.module_getattr(__name__)

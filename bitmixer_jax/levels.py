@@ -56,14 +56,14 @@ def levels_used(model: Network, variables: Any, images: jax.Array) -> list[Level
         seen = inputs(variables, images, space.uniform(bits, model.num_layers))
         for layer in model.layers:
             codes, _ = seen[layer.name]["input"]["__call__"][0]
-            of_input = np.asarray(quantizers.levels(codes, bits, layer.signed))
+            of_input = np.asarray(quantizers.code_histogram(codes, bits, layer.signed))
             of_weights = np.zeros(2**bits, np.int64)
             for kernel in layer.kernels:
                 held = variables["params"][layer.name][kernel.name]
                 w_codes, _ = quantizers.weight_codes(
-                    held["kernel"], held["step"], index, space, model.quant.weight_kind
+                    held["kernel"], held["step"], index, space, model.quant.weight_quantizer
                 )
-                of_weights += np.asarray(quantizers.levels(w_codes, bits, True))
+                of_weights += np.asarray(quantizers.code_histogram(w_codes, bits, True))
             found.append(
                 LevelCount(
                     layer.name,

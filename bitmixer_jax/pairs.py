@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bitmixer_jax import deprecated
 from bitmixer_jax.data import normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import LayerInfo, Network
@@ -21,7 +22,7 @@ Variables = Mapping[str, Any]
 
 
 def pairs_used(model: Network, policies: jax.Array) -> dict[str, jax.Array]:
-    """Which TBN pairs each layer walks through under any of the policies: bool ``[P, n]`` by layer.
+    """Which TBN pairs each layer uses under any of the policies: bool ``[P, n]`` by layer.
 
     Args:
       policies: int32 ``[M, L]``.
@@ -30,15 +31,15 @@ def pairs_used(model: Network, policies: jax.Array) -> dict[str, jax.Array]:
     own = jax.nn.one_hot(index, model.space.n, dtype=bool)  # [M, L, n]
     used = {}
     for i, layer in enumerate(model.layers):
-        if layer.previous >= 0 and model.quant.norm == "transitional":
-            before = own[:, layer.previous, :, None]
+        if layer.predecessor >= 0 and model.quant.norm == "transitional":
+            before = own[:, layer.predecessor, :, None]
         else:
             before = jnp.ones((own.shape[0], 1, 1), bool)
         used[layer.name] = jnp.any(before & own[:, i, None, :], axis=0)
     return used
 
 
-def never_visited(
+def uncalibrated_pairs(
     model: Network, batch_stats: Variables, policies: Any
 ) -> list[tuple[str, int, int]]:
     """Pairs that the policies use and no training step visited: their statistics are unknown.
@@ -47,7 +48,7 @@ def never_visited(
       policies: int32 ``[M, L]``.
 
     Returns:
-      (layer name, previous width, own width) of each; previous is 0 where it has no say.
+      (layer name, previous width, own width) of each; predecessor is 0 where it has no say.
     """
     if model.quant.space is None:
         return []
@@ -61,7 +62,7 @@ def never_visited(
     return found
 
 
-def fill_unvisited_pairs(variables: Variables, layers: tuple[LayerInfo, ...]) -> dict[str, Any]:
+def fill_uncalibrated_pairs(variables: Variables, layers: tuple[LayerInfo, ...]) -> dict[str, Any]:
     """Hand-over to a layer-wise stage: each pair not visited so far starts from its [c, c] slice.
 
     Copies scale, bias, mean and var; counts stay, as a copied pair has not been visited. With no
@@ -87,7 +88,7 @@ def fill_unvisited_pairs(variables: Variables, layers: tuple[LayerInfo, ...]) ->
 
 
 def covering_policies(model: Network) -> np.ndarray:
-    """n^2 policies that walk through every pair of widths at every layer: int32 ``[n^2, L]``."""
+    """n^2 policies that use every pair of widths at every layer: int32 ``[n^2, L]``."""
     n, choices = model.space.n, np.asarray(model.space.choices, np.int32)
     layer = np.arange(model.num_layers)
     return np.stack(
@@ -112,7 +113,7 @@ def recalibrate(
     """
     if len(images) < batch_size:
         raise UserError(f"recalibration: {len(images)} images; give at least {batch_size}")
-    start = fill_unvisited_pairs(variables, model.layers)
+    start = fill_uncalibrated_pairs(variables, model.layers)
 
     @jax.jit
     def update(stats: Any, batch: jax.Array, bits: jax.Array) -> Any:
@@ -141,3 +142,6 @@ def recalibrate(
             }
         merged[layer.name] = norms
     return {"params": start["params"], "batch_stats": merged}
+
+
+__getattr__ = deprecated.module_getattr(__name__)

@@ -8,7 +8,7 @@ those of LSQ (Esser et al., ICLR 2020, eq. 3 and 5):
     d v_hat / d v      = 1 strictly inside the clip, else 0
     d v_hat / d step_b = code - u strictly inside the clip, else the code at the clip
 
-Weight quantisers ``KINDS`` (w: weight, s: step size, h: widest width, d = h - b):
+Weight quantisers ``WEIGHT_QUANTIZERS`` (w: weight, s: step size, h: widest width, d = h - b):
 
     floor        code = clip(floor(w / (s 2^d)), Qn, Qp) + 1/2,              step_b = s 2^d
                  nested: the integer part at b bits is the one at h bits, shifted right by d
@@ -33,13 +33,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bitmixer_jax.bits import BitSpace
+from bitmixer_jax import deprecated
+from bitmixer_jax.policy import BitSpace
 
-KINDS = ("floor", "double", "independent")
+WEIGHT_QUANTIZERS = ("floor", "double", "independent")
 _MIN_STEP = 1e-8
 
 
-def bounds(bits: int, signed: bool) -> tuple[int, int]:
+def integer_range(bits: int, signed: bool) -> tuple[int, int]:
     """Smallest and largest integer code (Qn, Qp) of a width: -2^(b-1)..2^(b-1)-1 or 0..2^b-1."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
@@ -49,18 +50,18 @@ def step_size_count(kind: str, space: BitSpace) -> int:
     return space.n if kind == "independent" else 1
 
 
-def initial_step(v: jax.Array, bits: int, signed: bool) -> jax.Array:
+def init_step_size(v: jax.Array, bits: int, signed: bool) -> jax.Array:
     """LSQ's first step size, ``2 mean|v| / sqrt(Qp)``: a float32 scalar.
 
     Where all of v is zero, that of a rectified standard normal (mean|v| = 0.4).
     """
     mean = jnp.mean(jnp.abs(v.astype(jnp.float32)))
-    return 2 * jnp.where(mean > 0, mean, 0.4) / math.sqrt(bounds(bits, signed)[1])
+    return 2 * jnp.where(mean > 0, mean, 0.4) / math.sqrt(integer_range(bits, signed)[1])
 
 
 def gradient_scale(elements: int, bits: int, signed: bool) -> float:
     """LSQ's factor on the gradient of a step size, ``1 / sqrt(N Qp)``."""
-    return 1 / math.sqrt(elements * bounds(bits, signed)[1])
+    return 1 / math.sqrt(elements * integer_range(bits, signed)[1])
 
 
 def weight_codes(
@@ -72,14 +73,14 @@ def weight_codes(
       w: weights, any shape, float32.
       steps: ``[1]`` step size of the widest width (nested kinds) or ``[n]`` (independent).
       index: int, or int32 scalar (may be traced).
-      kind: one of ``KINDS``.
+      kind: one of ``WEIGHT_QUANTIZERS``.
 
     Returns:
       codes like w, and the float32 scalar step that multiplies them. The gradient of `steps` is
       already scaled, see the top of the file.
     """
     qn, qp, shift = _lookup(
-        [(*bounds(b, True), 2.0 ** (space.widest - b)) for b in space.choices], index
+        [(*integer_range(b, True), 2.0 ** (space.widest - b)) for b in space.choices], index
     )
     scale = _lookup([(gradient_scale(w.size, b, True),) for b in space.choices], index)[0]
     # A shared step s moves in proportion as the step in use, s_b = s shift, would on its own:
@@ -109,7 +110,8 @@ def activation_codes(
     """
     features = math.prod(x.shape[1:])
     qn, qp, scale = _lookup(
-        [(*bounds(b, signed), gradient_scale(features, b, signed)) for b in space.choices], index
+        [(*integer_range(b, signed), gradient_scale(features, b, signed)) for b in space.choices],
+        index,
     )
     step = _scaled_step(steps[index], scale)
     return _codes("round", x, step, jnp.float32(1), qn, qp), step
@@ -146,7 +148,7 @@ def _to_codes(kind: str, u: jax.Array, shift: Any, qn: Any, qp: Any) -> jax.Arra
     if kind == "double":
         widest = jnp.clip(jnp.round(u), qn * shift, (qp + 1) * shift - 1)
         return jnp.clip(jnp.floor(widest / shift + 0.5), qn, qp)
-    raise ValueError(f"unknown quantiser kind {kind!r}; choose from {KINDS}")
+    raise ValueError(f"unknown quantiser kind {kind!r}; choose from {WEIGHT_QUANTIZERS}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
@@ -192,11 +194,14 @@ def _codes_backward(kind: str, divide: bool, residuals: Any, g: jax.Array) -> An
 _codes.defvjp(_codes_forward, _codes_backward)
 
 
-def levels(codes: jax.Array, bits: int, signed: bool) -> jax.Array:
+def code_histogram(codes: jax.Array, bits: int, signed: bool) -> jax.Array:
     """How often each integer code of a width occurs: int32 ``[2^bits]``, from Qn to Qp.
 
     A "4-bit" layer that uses 15 levels, or one that was never quantised, shows here.
     """
-    qn, _ = bounds(bits, signed)
+    qn, _ = integer_range(bits, signed)
     whole = jnp.floor(codes).astype(jnp.int32).ravel() - qn
     return jnp.bincount(whole, length=2**bits)
+
+
+__getattr__ = deprecated.module_getattr(__name__)

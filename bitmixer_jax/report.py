@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.files import cannot_write, write_whole
 from bitmixer_jax.models import Network
 from bitmixer_jax.plotting import COLORS, literal, new_figure, short_names
+from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.training.metrics import number_at, read_metrics
 
 

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax import data as datasets
-from bitmixer_jax.bits import parse_changes, parse_policy, with_widths
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.evaluation import Evaluator, NeverVisited, evaluate
+from bitmixer_jax.evaluation import Evaluator, UncalibratedPairs, evaluate
 from bitmixer_jax.files import user_path
 from bitmixer_jax.levels import levels_used
 from bitmixer_jax.models import Network, create_model
-from bitmixer_jax.pairs import covering_policies, never_visited, recalibrate
+from bitmixer_jax.pairs import covering_policies, recalibrate, uncalibrated_pairs
+from bitmixer_jax.policy import parse_changes, parse_policy, with_widths
 from bitmixer_jax.report import table, write_report
 from bitmixer_jax.training import Run, hosts, load_trained, train
-from bitmixer_jax.training.claims import read_config
+from bitmixer_jax.training.workdir import read_config
 
 
 def train_and_report(config: Any, workdir: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
@@ -41,14 +41,14 @@ def train_and_report(config: Any, workdir: pathlib.Path) -> tuple[pathlib.Path, 
     random = run.report_random if run.stages[-1].widths == "layer" else 0
     try:
         result = _evaluate(run, model, variables, random=random, seed=run.seed)
-    except NeverVisited as error:  # a short run has not met every pair: report what there is
-        if hosts.first():
+    except UncalibratedPairs as error:  # a short run has not met every pair: report what there is
+        if hosts.is_primary():
             print(f"report without accuracies: {error}")
         result = _evaluate(run, model, variables, uniform=False)
     saved = read_config(workdir)
     reference = _float_reference(run)
     lines = table(result, reference)
-    if not hosts.first():
+    if not hosts.is_primary():
         return workdir / "report", lines
     return write_report(workdir, model, variables["batch_stats"], result, saved, reference), lines
 
@@ -62,18 +62,18 @@ def evaluate_workdir(
     seed: int = 0,
     uniform: bool = True,
     data_dir: str | None = None,
-    recalibrate_unvisited: bool = False,
+    recalibrate_missing: bool = False,
     count_levels: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a trained network on its test data.
 
     Args:
       workdir: WORKDIR or WORKDIR@STAGE.
-      policy: as `bits.parse_policy` reads it.
-      changes: to that policy, as `bits.parse_changes` reads them.
+      policy: as `policy.parse_policy` reads it.
+      changes: to that policy, as `policy.parse_changes` reads them.
       random, seed, uniform: see `evaluation.evaluate`.
       data_dir: instead of the one that training used.
-      recalibrate_unvisited: estimate the BN statistics of pairs that training never visited; says
+      recalibrate_missing: estimate the BN statistics of pairs that training never visited; says
         which. Without it a policy that needs them is an error.
       count_levels: add "levels", the list of `levels.levels_used`.
 
@@ -86,10 +86,10 @@ def evaluate_workdir(
         raise UserError("--set changes a policy: give one, such as --policy 4")
     if policy is not None:
         chosen = choose_policy(model, policy, changes)
-    if model.quant.space is None and (random or recalibrate_unvisited or count_levels):
+    if model.quant.space is None and (random or recalibrate_missing or count_levels):
         raise UserError(f"{workdir}: a float twin has no widths to draw, recalibrate or count")
     recalibrated: list[str] = []
-    if recalibrate_unvisited:
+    if recalibrate_missing:
         variables, recalibrated = _recalibrated(run, model, variables, data_dir)
     result = _evaluate(
         run,
@@ -112,7 +112,7 @@ def evaluate_workdir(
 
 
 def choose_policy(model: Network, policy: str, changes: Sequence[str] = ()) -> np.ndarray:
-    """The policy int32 ``[L]`` that a person typed: `bits.parse_policy`, `bits.parse_changes`."""
+    """Returns the policy int32 ``[L]`` of texts that a person typed."""
     widths = parse_policy(policy, model.names, model.space)
     return with_widths(widths, parse_changes(changes), model.names, model.space)
 
@@ -152,7 +152,7 @@ def _recalibrated(
     run: Run, model: Network, variables: Any, data_dir: str | None
 ) -> tuple[Any, list[str]]:
     """Variables with statistics for all pairs, and the pairs that had none, as text."""
-    missing = never_visited(model, variables["batch_stats"], covering_policies(model))
+    missing = uncalibrated_pairs(model, variables["batch_stats"], covering_policies(model))
     if not missing:
         print("recalibration: training visited every pair of widths; nothing to do")
         return variables, []
@@ -176,7 +176,7 @@ def _float_reference(run: Run) -> float | None:
             continue
         try:
             source, model, variables = load_trained(workdir)
-            if source.is_float:
+            if source.is_baseline:
                 result = _evaluate(source, model, variables, data_dir=run.data_dir or None)
                 return float(result["float"])
         except UserError as error:  # it is gone since: the report can do without

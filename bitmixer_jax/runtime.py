@@ -23,12 +23,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.data import normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import user_path
 from bitmixer_jax.inputs import check_images, check_policy
-from bitmixer_jax.runnable import Runnable, load
+from bitmixer_jax.loaded_model import LoadedModel, load
+from bitmixer_jax.policy import BitSpace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,16 +58,16 @@ class Runtime:
       classes: name of each class.
       image_shape: ``(H, W, C)`` of the images that it takes.
       reader: makes them of image files, as evaluation did.
-      network: digest of the weights: a front that was searched for them carries the same.
+      weights_digest: of the weights: a front that was searched for them carries the same.
       batch_size: images that one call of the compiled programme runs.
       traces: compilations so far: one, and one for each policy that was specialised.
     """
 
-    def __init__(self, runnable: Runnable, *, batch_size: int = 64, specialized: int = 4):
+    def __init__(self, loaded: LoadedModel, *, batch_size: int = 64, specialized: int = 4):
         """Places the weights and compiles. The policy in force is the widest width everywhere.
 
         Args:
-          runnable: the network.
+          loaded: the network.
           batch_size: larger inputs run in parts of so many, the last one padded.
           specialized: most policies that have a programme of their own (`specialize`).
 
@@ -77,18 +77,18 @@ class Runtime:
         for name, value in (("batch_size", batch_size), ("specialized", specialized)):
             if not _is_whole(value) or value < 1:
                 raise UserError(f"{name} = {value!r}: give a whole number, 1 or more")
-        self._runnable = runnable
-        self.space: BitSpace = runnable.space
-        self.names = runnable.names
-        self.classes = runnable.classes
-        self.image_shape = runnable.image_shape
-        self.reader = runnable.reader
-        self.network = runnable.network
+        self._loaded = loaded
+        self.space: BitSpace = loaded.space
+        self.names = loaded.names
+        self.classes = loaded.classes
+        self.image_shape = loaded.image_shape
+        self.reader = loaded.reader
+        self.weights_digest = loaded.weights_digest
         self.batch_size = batch_size
         self._source: str | None = None  # where `load` found it
         self.traces = 0
-        self._weights = jax.device_put(runnable.weights, jax.local_devices()[0])
-        self._read_policy = _policy_reader(runnable)
+        self._weights = jax.device_put(loaded.weights, jax.local_devices()[0])
+        self._read_policy = _policy_reader(loaded)
         self._compiling = threading.Lock()
         self._most_specialized = specialized
         self._specialized: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
@@ -129,7 +129,7 @@ class Runtime:
                 "and use Runtime.load(path)"
             )
         settings = (self.batch_size, self._most_specialized)
-        return _again, (type(self), self._source, *settings, self.network, self._current.key)
+        return _again, (type(self), self._source, *settings, self.weights_digest, self._current.key)
 
     @property
     def policy(self) -> np.ndarray:
@@ -227,7 +227,7 @@ class Runtime:
         Compiled before its first call, so it refuses what would make `jit` compile again.
         """
 
-        run = self._runnable
+        run = self._loaded
 
         def forward(weights: Any, images: jax.Array, *widths: jax.Array) -> Any:
             self.traces += 1
@@ -252,7 +252,7 @@ class Runtime:
         return chosen
 
     def _unknown_pairs(self, policy: _Policy) -> UserError:
-        missing = self._runnable.unvisited(policy.widths)
+        missing = self._loaded.unvisited(policy.widths)
         layer, before, own = missing[0]
         return UserError(
             f"policy {list(policy.key)}: {len(missing)} of its pairs of widths were never visited "
@@ -265,7 +265,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _policy_reader(run: Runnable) -> Callable[[bytes], _Policy]:
+def _policy_reader(run: LoadedModel) -> Callable[[bytes], _Policy]:
     """What checks the int32 widths in some bytes; it remembers those that it checked last."""
 
     @functools.lru_cache(maxsize=4096)
@@ -282,7 +282,7 @@ def _again(
     source: str,
     batch_size: int,
     specialized: int,
-    network: str,
+    weights_digest: str,
     policy: tuple[int, ...],
 ) -> Runtime:
     """Loads a Runtime that was pickled or copied.
@@ -291,7 +291,7 @@ def _again(
       UserError: as `Runtime.load`, or its source holds other weights by now.
     """
     found = kind.load(source, batch_size=batch_size, specialized=specialized)
-    if found.network != network:
+    if found.weights_digest != weights_digest:
         raise UserError(
             f"{source}: holds other weights than the Runtime that was pickled or copied; load it "
             "anew with Runtime.load"

@@ -5,7 +5,7 @@
 
 All policies are scored on the images of the search and on test images. Under each budget, the gap
 is what a method's policy loses against the best there is: in loss on the images of the search (that
-is what methods minimise), and in test accuracy against the policy of least search loss.
+is what methods solve_ilp), and in test accuracy against the policy of least search loss.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import pathlib
 import numpy as np
 from scipy.stats import spearmanr
 
-from bitmixer_jax.search import Problem, ScoreBook, parse_budget
+from bitmixer_jax.search import EvaluationCache, Problem, parse_budget
 from bitmixer_jax.search.workdir import Settings, Trained
 
 AVERAGES = (2.5, 3.0, 3.5)
@@ -37,10 +37,10 @@ def run(workdir, images, data_dir):
     everything = np.asarray(list(itertools.product(space.choices, repeat=layers)), np.int32)
     scores = trained.book(everything)
     evaluator, examples = trained.test()
-    book = ScoreBook(
+    book = EvaluationCache(
         lambda policies: evaluator.scores(trained.variables, policies),
         pathlib.Path(workdir) / "search" / "all-on-test.jsonl",
-        {"network": trained.network, "test": examples},
+        {"network": trained.weights_digest, "test": examples},
     )
     test = book(everything).top1
     place = {tuple(p): i for i, p in enumerate(everything.tolist())}
@@ -55,7 +55,9 @@ def run(workdir, images, data_dir):
     }
     for average in AVERAGES:
         limits = parse_budget([f"avg_bits={average}"], trained.costs)
-        problem = Problem(space=space, groups=trained.groups, axis=limits[0].cost, limits=limits)
+        problem = Problem(
+            space=space, groups=trained.groups, objective=limits[0].cost, constraints=limits
+        )
         fits = problem.fits_policy(everything)
         truth = int(np.argmin(np.where(fits, scores.loss, np.inf)))
         same = np.isclose(problem.axis(everything), average)

@@ -121,7 +121,7 @@ def main():
     run, _, _ = load_trained(given.workdir)
     data = datasets.load(run.dataset, run.test_split, given.data_dir or run.data_dir or None)
     runtime = Runtime.load(given.workdir, batch_size=given.batch_size)
-    front = load_front(given.front, runtime.names, runtime.space, runtime.network)
+    front = load_front(given.front, runtime.names, runtime.space, runtime.weights_digest)
 
     rng = np.random.default_rng(given.seed)
     budgets = changing_budgets(front, given.steps, rng)

@@ -41,9 +41,9 @@ def measure(point, steps):
     import jax
 
     from bitmixer_jax.benchmark import KINDS, prepare_step
-    from bitmixer_jax.bits import BitSpace
     from bitmixer_jax.devices import replicate
     from bitmixer_jax.models import create_model
+    from bitmixer_jax.policy import BitSpace
 
     model = create_model(
         point["model"],

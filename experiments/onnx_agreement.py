@@ -26,7 +26,7 @@ def rows_of(workdir, number, data_dir, folder):
     source = Source(workdir, Settings(format="onnx", images=number, data_dir=data_dir))
     labels = source.run.load(source.run.test_split, data_dir).labels[:number]
     training = source.run.load(source.run.train_split, data_dir).subset(np.arange(500)).images
-    found, layers = source.deployed, source.model.num_layers
+    found, layers = source.integer_model, source.model.num_layers
     save_onnx(folder / "all.onnx", switchable_model(found), overwrite=True)
     levels = {"switchable": "default", "switchable, basic optimisation": "basic"}
     runners = {name: OnnxRunner(folder / "all.onnx", level) for name, level in levels.items()}

@@ -37,7 +37,10 @@ def run(workdir, average, number, images, data_dir):
         trained = Trained(workdir, settings)
         limits = parse_budget([f"avg_bits={average}"], trained.costs)
         problem = Problem(
-            space=trained.model.space, groups=trained.groups, axis=limits[0].cost, limits=limits
+            space=trained.model.space,
+            groups=trained.groups,
+            objective=limits[0].cost,
+            constraints=limits,
         )
         result = trained.search(problem)
         found[name] = dataclasses.asdict(result.best()) | {

@@ -46,7 +46,7 @@ def main():
     run, model, variables = load_trained(given.workdir)
     variables = jax.device_put(variables, jax.local_devices()[0])
     policies = random_policies(model, POLICIES, 0)
-    float_model = model.float_twin()
+    float_model = model.baseline()
     float_variables = jax.jit(partial(float_model.init, bits=None, train=False))(
         jax.random.key(0), np.zeros((1, *model.image_shape), np.float32)
     )

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from bitmixer_jax import cli
-from bitmixer_jax.bits import load_policy, save_policy
 from bitmixer_jax.front import load_front
+from bitmixer_jax.policy import load_policy, save_policy
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import Checkpoints
 

@@ -12,10 +12,10 @@ import pytest
 
 from bitmixer_jax import controller as module
 from bitmixer_jax import data
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.controller import Controller
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.front import Front, Point
+from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.runtime import Runtime
 
 NAMES = ("conv1", "conv2", "conv3")
@@ -52,7 +52,7 @@ def front(**changes):
         choices=(2, 3, 4),
         cost="bitops",
         unit="BitOPs",
-        network="0123abcd",
+        weights_digest="0123abcd",
     )
     return dataclasses.replace(made, **changes)
 
@@ -321,7 +321,9 @@ def real_front(runtime, *policies):
         Point(widths=tuple(policy), cost=100.0 * (i + 1), loss=1 / (i + 1), top1=0.5)
         for i, policy in enumerate(policies)
     )
-    network = dict(names=runtime.names, choices=runtime.space.choices, network=runtime.network)
+    network = dict(
+        names=runtime.names, choices=runtime.space.choices, weights_digest=runtime.weights_digest
+    )
     return front(points=points, **network)
 
 
@@ -336,7 +338,7 @@ def test_a_network_follows_a_budget(trained):
         assert np.array_equal(found, runtime.predict(images, policies[place]))
     assert runtime.policy.tolist() == [4] * 6  # a controller leaves the policy in force alone
     assert runtime.traces == 1
-    other = dataclasses.replace(controller.front, network="0" * 64)
+    other = dataclasses.replace(controller.front, weights_digest="0" * 64)
     with pytest.raises(UserError, match="its weights differ"):
         Controller(runtime, other, 100)
 

@@ -13,7 +13,7 @@ import pytest
 from bitmixer_jax import data
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, evaluate, random_policies
-from bitmixer_jax.pairs import covering_policies, never_visited, pairs_used, recalibrate
+from bitmixer_jax.pairs import covering_policies, pairs_used, recalibrate, uncalibrated_pairs
 from bitmixer_jax.training import load_trained
 
 POLICY = np.asarray([4, 3, 2, 2, 3, 4], np.int32)
@@ -143,7 +143,7 @@ def test_recalibration_leaves_kernels_and_steps(young, recalibrated):
 def test_recalibration_gives_every_pair_statistics(young, recalibrated):
     model, _ = young
     stats = recalibrated["batch_stats"]
-    assert never_visited(model, stats, covering_policies(model)) == []
+    assert uncalibrated_pairs(model, stats, covering_policies(model)) == []
     for _, table, visited in tables(model, recalibrated):
         assert visited.all()
         assert np.isfinite(table["mean"]).all()

@@ -44,7 +44,7 @@ def front(trained, tmp_path_factory):
         choices=model.space.choices,
         cost=cost.name,
         unit=cost.unit,
-        network=digest(variables),
+        weights_digest=digest(variables),
     )
     path = tmp_path_factory.mktemp("front") / "front.json"
     made.save(path)

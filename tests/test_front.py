@@ -27,7 +27,7 @@ def make(**changes):
         choices=SPACE.choices,
         cost="bitops",
         unit="BitOPs",
-        network="0123abcd",
+        weights_digest="0123abcd",
         notes={"search": {"method": "ilp", "seed": 0}, "uniform": []},
     )
     return dataclasses.replace(front, **changes)
@@ -80,8 +80,8 @@ def test_best_is_the_last_point_within_the_budget():
 # --- files ---
 
 
-def load(path, network="0123abcd"):
-    return load_front(path, NAMES, SPACE, network)
+def load(path, weights_digest="0123abcd"):
+    return load_front(path, NAMES, SPACE, weights_digest)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def file(tmp_path):
 
 def test_a_front_reads_back(file):
     assert load(file) == make()
-    assert load(str(file), network=None) == make()
+    assert load(str(file), weights_digest=None) == make()
 
 
 def test_a_front_file_holds_what_the_format_says_and_the_notes(file):
@@ -144,8 +144,8 @@ def changed_point(i=1, **values):
         ({"choices": [2, 4, 8]}, "another network: its choices differ"),
         ({"layers": list(NAMES[:2])}, "another network: its layers differ"),
         ({"layers": None}, "another network: its layers differ"),
-        ({"network": "other"}, "other weights"),
-        ({"network": None}, "other weights"),
+        ({"weights_digest": "other"}, "other weights"),
+        ({"weights_digest": None}, "other weights"),
         ({"points": []}, "empty front"),
         ({"points": None}, "damaged"),
         ({"points": {}}, "empty front"),
@@ -300,7 +300,7 @@ def test_a_front_file_with_anything_in_it_is_refused_or_is_a_front(file):
         for one, two in zip(front.points, front.points[1:], strict=False):
             assert one.cost < two.cost
             assert one.loss > two.loss
-        assert (front.names, front.choices, front.network) == (NAMES, (2, 3, 4), "0123abcd")
+        assert (front.names, front.choices, front.weights_digest) == (NAMES, (2, 3, 4), "0123abcd")
     assert 1000 < refused < 2000
 
 

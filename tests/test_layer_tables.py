@@ -45,7 +45,7 @@ def test_the_layer_table_describes_the_variables(name):
         for kernel in layer.kernels:
             assert held[kernel.name]["kernel"].shape == kernel.shape
             assert held[kernel.name]["step"].shape == (1,)
-            table = (1 if layer.previous < 0 else 3, 3)
+            table = (1 if layer.predecessor < 0 else 3, 3)
             for leaf in ("scale", "bias"):
                 assert held[f"{kernel.name}_norm"][leaf].shape == (*table, kernel.shape[-1])
             tables = stats[layer.name][f"{kernel.name}_norm"]
@@ -69,7 +69,7 @@ def test_the_layer_table_describes_what_each_layer_takes_and_gives(name):
 def test_layers_have_names_of_their_own_and_stand_in_the_order_of_the_data(name):
     model, _ = shapes(name)
     assert len(set(model.names)) == model.num_layers == len(model.layers)
-    assert [layer.previous for layer in model.layers] == list(range(-1, model.num_layers - 1))
+    assert [layer.predecessor for layer in model.layers] == list(range(-1, model.num_layers - 1))
     blocks = [layer.block for layer in model.layers]
     assert blocks[0] == 0
     assert set(np.diff(blocks)) <= {0, 1}

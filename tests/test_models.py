@@ -86,7 +86,7 @@ def random_policies(count, layers, seed=0):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"weight_kind": kind} for kind in oracle.KINDS] + [{"projection": True}],
+    [{"weight_quantizer": kind} for kind in oracle.WEIGHT_QUANTIZERS] + [{"projection": True}],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_the_network_computes_what_the_method_says(settings):
@@ -94,7 +94,7 @@ def test_the_network_computes_what_the_method_says(settings):
     apply = traced(**settings)
     for policy in (POLICY, (2,) * 6, *random_policies(6, 6).tolist()):
         found = apply(variables, images(), policy)
-        kind = settings.get("weight_kind", "floor")
+        kind = settings.get("weight_quantizer", "floor")
         expected = oracle.resnet8(variables, images(), policy, CHOICES, kind)
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
@@ -194,7 +194,7 @@ def after_a_step():
 
 
 def visited(layer):
-    """Whether a step with POLICY walks through each pair of a layer of the tiny network."""
+    """Whether a step with POLICY uses each pair of a layer of the tiny network."""
     own = np.arange(len(CHOICES))
     place = tiny().names.index(layer)
     c = own == CHOICES.index(POLICY[place])
@@ -242,7 +242,7 @@ def test_the_layer_after_the_stem_has_one_previous_width_and_the_others_all():
 
 
 def test_the_first_step_sizes_come_from_the_images_given_to_init():
-    model = tiny(weight_kind="independent", stage_sizes=(1,))
+    model = tiny(weight_quantizer="independent", stage_sizes=(1,))
     x = images(8) * (1 + 3 * (images(8, shape=(1, 1, 1)) > 0))
     params = model.init(jax.random.key(0), x, bits=(4, 4))["params"]
     stem = oracle.convolve(x, params["stem"]["conv"]["kernel"])
@@ -266,19 +266,19 @@ def test_the_shared_step_of_nested_weights_starts_as_that_of_the_widest():
 # --- the arithmetic ---
 
 
-@pytest.mark.parametrize("ends", ["int8", "float"])
-def test_bfloat16_operands_give_the_very_logits_of_float32(ends):
-    variables = tiny_variables(ends=ends)
+@pytest.mark.parametrize("first_last", ["int8", "float"])
+def test_bfloat16_operands_give_the_very_logits_of_float32(first_last):
+    variables = tiny_variables(first_last_layers=first_last)
     policy = POLICY
     logits = [
-        traced(ends=ends, compute_dtype=dtype)(variables, images(), policy)
+        traced(first_last_layers=first_last, compute_dtype=dtype)(variables, images(), policy)
         for dtype in ("float32", "bfloat16")
     ]
     np.testing.assert_array_equal(*logits)
 
 
 def test_int8_ends_are_quantised_with_a_step_each():
-    variables, apply = tiny_variables(ends="int8"), traced(ends="int8")
+    variables, apply = tiny_variables(first_last_layers="int8"), traced(first_last_layers="int8")
     params = variables["params"]
     for step in (
         params["stem"]["input"],
@@ -301,7 +301,7 @@ def test_float_ends_have_no_step_sizes():
 
 
 def test_a_float_twin_takes_no_policy_and_has_no_widths():
-    twin = tiny().float_twin()
+    twin = tiny().baseline()
     variables = trained(twin)
     assert np.isfinite(jax.jit(twin.apply)(variables, images())).all()
     assert "input" not in variables["params"]["stage1.block1.conv1"]
@@ -329,10 +329,14 @@ def test_a_small_mobilenet_runs_mixed_policies():
     [
         ("resnet21", {}, "'resnet21'.*did you mean.*resnet20"),
         ("vgg", {}, "'vgg'.*one of resnet8"),
-        ("resnet20", {"weight_knd": "floor"}, "'weight_knd'.*did you mean weight_kind"),
+        (
+            "resnet20",
+            {"weight_quantzer": "floor"},
+            "'weight_quantzer'.*did you mean weight_quantizer",
+        ),
         ("resnet20", {"multiplier": 2}, "unknown setting 'multiplier'"),
-        ("resnet20", {"weight_kind": "flor"}, "weight quantiser.*'flor'"),
-        ("resnet20", {"ends": "int9"}, "ends.*'int9'.*int8"),
+        ("resnet20", {"weight_quantizer": "flor"}, "weight quantiser.*'flor'"),
+        ("resnet20", {"first_last_layers": "int9"}, "first_last_layers.*'int9'.*int8"),
     ],
 )
 def test_create_model_refuses_what_it_does_not_know_and_names_the_nearest(name, settings, message):

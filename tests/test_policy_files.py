@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bitmixer_jax as bm
-from bitmixer_jax.bits import parse_changes, parse_policy, with_widths
+from bitmixer_jax.policy import parse_changes, parse_policy, with_widths
 
 SPACE = bm.BitSpace((2, 3, 4))
 NAMES = ("stage1.conv1", "stage1.conv2", "stage2.conv1")

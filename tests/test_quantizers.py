@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from bitmixer_jax import quantizers
-from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.policy import BitSpace
 from tests import oracle
 
 BOTH = pytest.mark.parametrize("choices", oracle.SPACES, ids=str)
-EACH = pytest.mark.parametrize("kind", oracle.KINDS)
+EACH = pytest.mark.parametrize("kind", oracle.WEIGHT_QUANTIZERS)
 SIGNED = pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
 WIDEST_STEP = np.float32(0.25)  # a power of two, so that the clip edges below are met exactly
 SHAPE = (40, 60)
@@ -284,16 +284,18 @@ def test_the_first_step_size_is_twice_the_mean_over_the_root_of_the_top_code(sig
     v = values((2, 3, 4))
     for bits in range(2, 9):
         expected = 2 * np.abs(v).mean() / np.sqrt(oracle.limits(bits, signed)[1])
-        np.testing.assert_allclose(quantizers.initial_step(v, bits, signed), expected, rtol=1e-6)
+        np.testing.assert_allclose(quantizers.init_step_size(v, bits, signed), expected, rtol=1e-6)
 
 
 def test_the_first_step_size_of_zeros_is_positive():
-    assert quantizers.initial_step(jnp.zeros(5), 4, True) > 0
+    assert quantizers.init_step_size(jnp.zeros(5), 4, True) > 0
 
 
 def test_nested_kinds_learn_one_step_and_independent_ones_one_per_width():
     space = BitSpace((2, 4, 8))
-    counts = {kind: quantizers.step_size_count(kind, space) for kind in quantizers.KINDS}
+    counts = {
+        kind: quantizers.step_size_count(kind, space) for kind in quantizers.WEIGHT_QUANTIZERS
+    }
     assert counts == {"floor": 1, "double": 1, "independent": 3}
 
 
@@ -305,11 +307,11 @@ def test_nested_kinds_learn_one_step_and_independent_ones_one_per_width():
 def test_levels_counts_each_code_from_the_lowest_to_the_highest(kind, bits):
     v = values((bits,))
     codes, *_ = run_weights(kind, (bits,))(v, steps_for(kind, (bits,)), 0, upstream())
-    counts = np.asarray(quantizers.levels(codes, bits, True))
+    counts = np.asarray(quantizers.code_histogram(codes, bits, True))
     qn, qp = oracle.limits(bits, True)
     whole = oracle.whole_codes(kind, v, WIDEST_STEP, bits, bits)
     assert counts.tolist() == [np.sum(whole == q) for q in range(qn, qp + 1)]
 
 
 def test_levels_shows_a_code_that_is_never_used():
-    assert quantizers.levels(jnp.array([0.0, 1, 1, 3]), 2, False).tolist() == [1, 2, 0, 1]
+    assert quantizers.code_histogram(jnp.array([0.0, 1, 1, 3]), 2, False).tolist() == [1, 2, 0, 1]

@@ -14,8 +14,8 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.report import plot_curves, table, write_report
 from bitmixer_jax.runs import train_and_report
 from bitmixer_jax.training import load_trained
-from bitmixer_jax.training.claims import read_config
 from bitmixer_jax.training.metrics import METRICS_FILE, Metrics, read_metrics
+from bitmixer_jax.training.workdir import read_config
 
 
 def assert_real_plot(path):

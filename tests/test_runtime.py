@@ -17,8 +17,8 @@ import pytest
 
 from bitmixer_jax import data
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.pairs import never_visited
-from bitmixer_jax.runnable import of_model
+from bitmixer_jax.loaded_model import from_variables
+from bitmixer_jax.pairs import uncalibrated_pairs
 from bitmixer_jax.runtime import Runtime
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
@@ -72,7 +72,7 @@ def plain(network, digits):
 def test_real_values_alone_are_multiplied_at_the_highest_precision(network):
     """On accelerators the default is less than float32: exact for codes, not for stem and head."""
     model, variables = network
-    runnable = of_model(model, variables, mean=[0], std=[1], classes=("a",))
+    runnable = from_variables(model, variables, mean=[0], std=[1], classes=("a",))
     programme = str(
         jax.make_jaxpr(runnable.forward)(
             runnable.weights, jnp.zeros((1, *model.image_shape)), jnp.full(6, 3)
@@ -106,7 +106,7 @@ def drawn(runtime, number, seed):
 def build(network, digits, **settings):
     model, variables = network
     about = dict(mean=digits.mean, std=digits.std, classes=digits.classes)
-    return Runtime(of_model(model, variables, **about), **settings)
+    return Runtime(from_variables(model, variables, **about), **settings)
 
 
 # --- logits ---
@@ -150,7 +150,7 @@ def test_classes_names_and_network_are_those_of_the_workdir(runtime, network):
     assert runtime.classes == tuple("0123456789")
     assert runtime.names == model.names
     assert runtime.space == model.space
-    assert runtime.network == digest(variables)
+    assert runtime.weights_digest == digest(variables)
 
 
 # --- policies ---
@@ -431,7 +431,7 @@ def test_pairs_never_visited_are_refused(young, runtime, digits, compilations):
         young.set_policy(width)
         assert young.predict(digits.images[:1]).shape == (1, 10)
     assert young.traces == 1
-    assert young.network != runtime.network
+    assert young.network != runtime.weights_digest
 
 
 def test_just_the_policies_that_evaluation_refuses_are_refused(young, network):
@@ -440,7 +440,7 @@ def test_just_the_policies_that_evaluation_refuses_are_refused(young, network):
     changes = [[a] * cut + [b] * (6 - cut) for a in (2, 3, 4) for b in (2, 3, 4) for cut in (1, 4)]
     refused = 0
     for policy in [*drawn(young, 10, 0).tolist(), *changes]:
-        missing = never_visited(network[0], stats, np.asarray([policy]))
+        missing = uncalibrated_pairs(network[0], stats, np.asarray([policy]))
         try:
             young.check(policy)
             assert not missing

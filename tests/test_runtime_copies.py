@@ -13,7 +13,7 @@ import pytest
 
 from bitmixer_jax import data
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.runnable import of_model
+from bitmixer_jax.loaded_model import from_variables
 from bitmixer_jax.runtime import Runtime
 from bitmixer_jax.training import load_trained
 
@@ -46,7 +46,7 @@ def images():
 def test_another_one_answers_the_same_and_goes_its_own_way(again, runtime, images):
     runtime.set_policy(POLICY)
     other = again(runtime)
-    assert (other.network, other.batch_size) == (runtime.network, 4)
+    assert (other.weights_digest, other.batch_size) == (runtime.weights_digest, 4)
     assert other.policy.tolist() == POLICY
     assert np.array_equal(other.predict(images), runtime.predict(images))
     other.set_policy(2)
@@ -81,10 +81,10 @@ def test_a_source_that_changed_is_refused(runtime, workdir):
     try:
         with pytest.raises(UserError, match="no such workdir"):
             pickle.loads(held)
-        network = runtime.network
-        runtime.network = "0" * 64
+        network = runtime.weights_digest
+        runtime.weights_digest = "0" * 64
         changed = pickle.dumps(runtime)
-        runtime.network = network
+        runtime.weights_digest = network
     finally:
         saved.rename(workdir)
     with pytest.raises(UserError, match=r"holds other weights .* Runtime.load") as caught:
@@ -95,7 +95,8 @@ def test_a_source_that_changed_is_refused(runtime, workdir):
 def test_a_network_in_memory_says_what_to_do(workdir):
     _, model, variables = load_trained(workdir)
     runtime = Runtime(
-        of_model(model, variables, mean=[0], std=[1], classes=tuple("0123456789")), batch_size=1
+        from_variables(model, variables, mean=[0], std=[1], classes=tuple("0123456789")),
+        batch_size=1,
     )
     for call in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match=r"Runtime.load\(path\)") as caught:

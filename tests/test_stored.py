@@ -65,7 +65,7 @@ def test_a_search_goes_on_with_its_scores(stored, tmp_path, monkeypatch):
     def measured(self, new):
         raise AssertionError(f"measured again: {new}")
 
-    monkeypatch.setattr("bitmixer_jax.search.scores.ScoreBook._note", measured)
+    monkeypatch.setattr("bitmixer_jax.search.cache.EvaluationCache._note", measured)
     words = ["--workdir", str(stored / "digits"), "--method", "greedy", "--images", "100"]
     out = tmp_path / "policy.json"
     assert main(["search", *words, "--budget", "avg_bits=3", "--out", str(out)]) == 0

@@ -36,7 +36,7 @@ def add(command: AddCommand) -> None:
     )
     add_set(export)
     export.add_argument(
-        "--carrier", default="int8", help="onnx, one policy: weights in int8, int4 or int2"
+        "--storage_dtype", default="int8", help="onnx, one policy: weights in int8, int4 or int2"
     )
     export.add_argument(
         "--fast",
@@ -44,7 +44,9 @@ def add(command: AddCommand) -> None:
         help="onnx, one policy: 8 bits throughout, over twice as fast; answers differ somewhat",
     )
     export.add_argument(
-        "--tables", default="float32", help="packed: norms as float32 (exact) or float16 (small)"
+        "--norm_dtype",
+        default="float32",
+        help="packed: norms as float32 (exact) or float16 (small)",
     )
     export.add_argument(
         "--images", type=few, default=500, metavar="N", help="test images to verify on"
@@ -80,9 +82,9 @@ def _export(arguments: argparse.Namespace) -> int:
         format=arguments.format,
         policy=arguments.policy,
         changes=tuple(arguments.set),
-        carrier=arguments.carrier,
+        storage_dtype=arguments.storage_dtype,
         fast=arguments.fast,
-        tables=arguments.tables,
+        norm_dtype=arguments.norm_dtype,
         images=arguments.images,
         random=arguments.random,
         seed=arguments.seed,

@@ -119,7 +119,7 @@ def _cost(arguments: argparse.Namespace) -> int:
     print(f"policy {','.join(map(str, policy))}")
     print_markdown(describe(model, policy, costs(model, arguments.latency)))
     if arguments.out is not None:
-        from bitmixer_jax.bits import save_policy
+        from bitmixer_jax.policy import save_policy
 
         save_policy(arguments.out, policy, model.names, model.space, overwrite=arguments.overwrite)
         print(f"written: {arguments.out}")

@@ -68,7 +68,9 @@ def add(command: AddCommand) -> None:
         "--random", type=few, default=0, metavar="N", help="number of random policies"
     )
     evaluate.add_argument("--seed", type=seed, default=0, help="of the random policies (default 0)")
-    evaluate.add_argument("--no-uniform", action="store_true", help="leave the uniform widths out")
+    evaluate.add_argument(
+        "--no-uniform", action="store_true", help="aborted the uniform widths out"
+    )
     evaluate.add_argument(
         "--levels", action="store_true", help="also count the levels each layer uses"
     )
@@ -131,15 +133,15 @@ def _train(arguments: argparse.Namespace) -> int:
     except Interrupted as signal:
         return 128 + int(signal.args[0])
     except Exception as error:
-        leave = error if isinstance(error, hosts.Leave) else hosts.leave(error)
-        if leave is None:
+        aborted = error if isinstance(error, hosts.ProcessAborted) else hosts.as_aborted(error)
+        if aborted is None:
             raise
-        if leave.status == 1:
+        if aborted.status == 1:
             traceback.print_exception(error)
-        print(f"bitmixer: {leave}", file=sys.stderr, flush=True)
+        print(f"bitmixer: {aborted}", file=sys.stderr, flush=True)
         time.sleep(1)  # so that the others, if they fail alike, can say so
-        os._exit(leave.status)  # an orderly end would wait for them
-    if hosts.first():
+        os._exit(aborted.status)  # an orderly end would wait for them
+    if hosts.is_primary():
         print_markdown(summary)
         print(f"plots and summary: {folder}")
     return 0
@@ -158,7 +160,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         uniform=not arguments.no_uniform,
         data_dir=arguments.data_dir,
-        recalibrate_unvisited=arguments.recalibrate,
+        recalibrate_missing=arguments.recalibrate,
         count_levels=arguments.levels,
     )
     levels = result.pop("levels", None)

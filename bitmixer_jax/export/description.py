@@ -1,4 +1,4 @@
-"""The shape of a deployed network as JSON: what a file says before its numbers.
+"""The shape of a network network as JSON: what a file says before its numbers.
 
 Reading checks everything that sizes or wiring depend on, so that a damaged or hostile file ends in
 one line and not in a wrong network.
@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import Deployed, FloatStem
+from bitmixer_jax.export.integer_model import FloatStem, IntegerModel
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
 from bitmixer_jax.models.graph import OPS, Node
-from bitmixer_jax.quantizers import KINDS
+from bitmixer_jax.policy import BitSpace
+from bitmixer_jax.quantizers import WEIGHT_QUANTIZERS
 
 _MOST_VALUES = 2**28  # of one activation tensor for one image; ImageNet networks need 2^20
 _MOST_PIXELS = 2**26  # numbers in one image; ImageNet networks need 2^18
@@ -41,7 +41,7 @@ def layer_to_json(layer: LayerInfo) -> dict[str, Any]:
     return {
         "name": layer.name,
         "kind": layer.kind,
-        "previous": layer.previous,
+        "previous": layer.predecessor,
         "block": layer.block,
         "signed": layer.signed,
         "input": list(layer.input),
@@ -60,25 +60,25 @@ def kernel_to_json(kernel: KernelInfo) -> list[Any]:
     ]
 
 
-def describe(deployed: Deployed) -> dict[str, Any]:
+def describe(network: IntegerModel) -> dict[str, Any]:
     """What a file says of a network besides its numbers: a JSON tree (docs/packed-format.md)."""
-    transitional = any(len(k.count) > 1 for layer in deployed.layers for k in layer.kernels)
-    stem = deployed.stem
+    transitional = any(len(k.count) > 1 for layer in network.layers for k in layer.kernels)
+    stem = network.stem
     return {
-        "choices": list(deployed.space.choices),
-        "weight_kind": deployed.weight_kind,
+        "choices": list(network.space.choices),
+        "weight_kind": network.weight_quantizer,
         "norm": "transitional" if transitional else "per_width",
         "ends": "float" if isinstance(stem, FloatStem) else "int8",
-        "image_shape": list(deployed.image_shape),
-        "mean": [float(x) for x in deployed.mean],
-        "std": [float(x) for x in deployed.std],
-        "classes": list(deployed.classes),
-        "network": deployed.network,
+        "image_shape": list(network.image_shape),
+        "mean": [float(x) for x in network.mean],
+        "std": [float(x) for x in network.std],
+        "classes": list(network.classes),
+        "network": network.weights_digest,
         "stem": kernel_to_json(stem.info if isinstance(stem, FloatStem) else stem.info.kernels[0]),
-        "features": int(deployed.head.kernel.shape[0]),
-        "layers": [layer_to_json(layer.info) for layer in deployed.layers],
-        "graph": graph_to_json(deployed.graph),
-        "about": dict(deployed.about),
+        "features": int(network.head.kernel.shape[0]),
+        "layers": [layer_to_json(layer.info) for layer in network.layers],
+        "graph": graph_to_json(network.graph),
+        "about": dict(network.about),
     }
 
 
@@ -148,8 +148,8 @@ class Reader:
 
     def kind(self, value: Any) -> str:
         """The weight quantiser."""
-        if value not in KINDS:
-            self.fail(f"weight_kind is none of {KINDS}")
+        if value not in WEIGHT_QUANTIZERS:
+            self.fail(f"weight_kind is none of {WEIGHT_QUANTIZERS}")
         return str(value)
 
     def shape(self, value: Any, what: str) -> Shape:
@@ -204,7 +204,7 @@ class Reader:
             name=self.text(value.get("name"), "layer name"),
             kind=self.text(value.get("kind"), "layer kind"),
             kernels=tuple(self.kernel(kernel, entry) for kernel in kernels),
-            previous=self.whole(value.get("previous"), -1, place - 1, "previous"),
+            predecessor=self.whole(value.get("previous"), -1, place - 1, "previous"),
             block=self.whole(value.get("block"), -1, 2**20, "block"),
             signed=bool(self.field(value, "signed", bool)),
             input=entry,

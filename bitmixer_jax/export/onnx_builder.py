@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import Deployed, FloatStem
 from bitmixer_jax.export.description import describe
+from bitmixer_jax.export.integer_model import FloatStem, IntegerModel
 from bitmixer_jax.export.onnx_seal import FORMAT, VERSION
 from bitmixer_jax.layer_table import KernelInfo
-from bitmixer_jax.models.graph import Node, walk
+from bitmixer_jax.models.graph import Node, run_graph
 
 
 def need_onnx() -> Any:
@@ -154,13 +154,13 @@ def real_ops(b: Builder) -> dict[str, Callable[..., str]]:
     }
 
 
-def normalised(b: Builder, deployed: Deployed) -> str:
+def normalised(b: Builder, network: IntegerModel) -> str:
     """The input ``images`` uint8 ``[N, H, W, C]``, normalised as in training."""
     x = b.node("Cast", "images", to=b._onnx.TensorProto.FLOAT)
     # Before the arithmetic: engines are slow where three channels lie innermost.
     x = b.node("Transpose", x, perm=[0, 3, 1, 2])
-    x = b.node("Sub", x, b.channels(deployed.mean))
-    return str(b.node("Mul", x, b.channels(np.float32(1) / deployed.std)))
+    x = b.node("Sub", x, b.channels(network.mean))
+    return str(b.node("Mul", x, b.channels(np.float32(1) / network.std)))
 
 
 def float_stem(b: Builder, stem: FloatStem, x: str) -> str:
@@ -170,9 +170,9 @@ def float_stem(b: Builder, stem: FloatStem, x: str) -> str:
     return str(b.node("Add", scaled, b.channels(stem.offset)))
 
 
-def head(b: Builder, deployed: Deployed, x: str) -> str:
+def head(b: Builder, network: IntegerModel, x: str) -> str:
     """Average over pixels and the last linear layer: logits."""
-    last = deployed.head
+    last = network.head
     pooled = b.node("Flatten", b.node("GlobalAveragePool", x))
     if last.steps is None:
         sums = b.node("MatMul", pooled, b.constant(last.kernel, name="head.kernel"))
@@ -190,7 +190,7 @@ def head(b: Builder, deployed: Deployed, x: str) -> str:
 
 def finish(
     b: Builder,
-    deployed: Deployed,
+    network: IntegerModel,
     ops: Mapping[str, Callable[..., Any]],
     *,
     opset: int,
@@ -205,14 +205,14 @@ def finish(
       form: what to call it in the metadata.
     """
     onnx = b._onnx
-    walk(deployed.graph, normalised(b, deployed), ops)
+    run_graph(network.graph, normalised(b, network), ops)
     logits = b.node("Identity", b.nodes[-1].output[0], name="logits")
-    dims = ["batch", *deployed.image_shape]
+    dims = ["batch", *network.image_shape]
     values = onnx.helper.make_tensor_value_info
     inputs = [values("images", onnx.TensorProto.UINT8, dims)]
     if policy is None:
-        inputs.append(values("policy", onnx.TensorProto.INT64, [len(deployed.layers)]))
-    outputs = [values(logits, onnx.TensorProto.FLOAT, ["batch", len(deployed.classes)])]
+        inputs.append(values("policy", onnx.TensorProto.INT64, [len(network.layers)]))
+    outputs = [values(logits, onnx.TensorProto.FLOAT, ["batch", len(network.classes)])]
     graph = onnx.helper.make_graph(
         b.nodes, "bitmixer", inputs, outputs, initializer=list(b.constants.values())
     )
@@ -222,23 +222,23 @@ def finish(
         producer_name="bitmixer_jax",
         ir_version=onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]),
     )
-    about = describe(deployed)
+    about = describe(network)
     onnx.helper.set_model_props(
         model,
         {
             "format": FORMAT,
             "version": str(VERSION),
             "form": form,
-            "choices": json.dumps(list(deployed.space.choices)),
-            "layers": json.dumps(list(deployed.names)),
+            "choices": json.dumps(list(network.space.choices)),
+            "layers": json.dumps(list(network.names)),
             "policy": json.dumps(None if policy is None else [int(w) for w in policy]),
-            "classes": json.dumps(list(deployed.classes)),
-            "image_shape": json.dumps(list(deployed.image_shape)),
+            "classes": json.dumps(list(network.classes)),
+            "image_shape": json.dumps(list(network.image_shape)),
             "images": json.dumps(about["about"].get("images", {})),
             "normalisation": "in the graph: images are uint8 [batch, H, W, C], 0..255",
             "mean": json.dumps(about["mean"]),
             "std": json.dumps(about["std"]),
-            "network": deployed.network,
+            "network": network.weights_digest,
         },
     )
     return model

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import Deployed, FloatStem, Kernel, Layer, narrowed
+from bitmixer_jax.export.integer_model import FloatStem, IntegerModel, Kernel, Layer, truncate_bits
 from bitmixer_jax.export.onnx_builder import (
     Builder,
     finish,
@@ -28,71 +28,74 @@ from bitmixer_jax.export.onnx_builder import (
 from bitmixer_jax.export.onnx_seal import add_seal, seal
 from bitmixer_jax.files import write_new
 from bitmixer_jax.models.graph import Node
-from bitmixer_jax.quantizers import bounds
+from bitmixer_jax.quantizers import integer_range
 
-CARRIERS = {"int8": (8, 19), "int4": (4, 21), "int2": (2, 25)}  # bits, opset
+STORAGE_DTYPES = {"int8": (8, 19), "int4": (4, 21), "int2": (2, 25)}  # bits, opset
 
 
-def own_codes(deployed: Deployed, kernel: Kernel, own: int) -> np.ndarray:
+def own_codes(network: IntegerModel, kernel: Kernel, own: int) -> np.ndarray:
     """Integer weight codes int8 ``[kh, kw, I, O]`` at choice ``own``."""
-    if deployed.weight_kind == "independent":
+    if network.weight_quantizer == "independent":
         return kernel.codes[own]
-    shift = deployed.code_bits - deployed.space.choices[own]
-    return np.asarray(narrowed(kernel.codes[0], shift, deployed.weight_kind, deployed.code_bits))
+    shift = network.code_bits - network.space.choices[own]
+    return np.asarray(
+        truncate_bits(kernel.codes[0], shift, network.weight_quantizer, network.code_bits)
+    )
 
 
-def places(deployed: Deployed, policy: np.ndarray) -> dict[str, tuple[Layer, int, int]]:
+def places(network: IntegerModel, policy: np.ndarray) -> dict[str, tuple[Layer, int, int]]:
     """By name: a layer, the index of the width before it (0: it has no say), and of its own."""
-    index = np.searchsorted(deployed.space.choices, policy)
+    index = np.searchsorted(network.space.choices, policy)
     found = {}
-    for layer, own in zip(deployed.layers, index, strict=True):
-        before = layer.info.previous
+    for layer, own in zip(network.layers, index, strict=True):
+        before = layer.info.predecessor
         transitional = before >= 0 and len(layer.kernels[0].count) > 1
         found[layer.info.name] = (layer, int(index[before]) if transitional else 0, int(own))
     return found
 
 
-def policy_model(deployed: Deployed, policy: np.ndarray, carrier: str = "int8") -> Any:
+def policy_model(network: IntegerModel, policy: np.ndarray, storage_dtype: str = "int8") -> Any:
     """A model of one policy ``[L]``, an onnx.ModelProto.
 
     Inputs pass QuantizeLinear and DequantizeLinear, weights are integers; the batch norm of the
     pair in use is one multiplier and one offset per channel.
 
     Args:
-      carrier: type that holds a layer's weights: "int8", "int4" (opset 21; takes layers of up to 4
-        bits), or "int2" (opset 25; for layers of 2 bits, the others as with "int4"). Wider layers
+      storage_dtype: type that holds a layer's weights: "int8", "int4" (opset 21; takes layers
+        of up to 4 bits), or "int2" (opset 25; for layers of 2 bits, the others as with "int4").
+        Wider layers
         stay in int8.
 
     Raises:
-      UserError: an unknown carrier or policy, a pair that training never visited, or onnx is not
-        installed.
+      UserError: an unknown storage_dtype or policy, a pair that training never visited, or
+        onnx is not installed.
     """
-    if carrier not in CARRIERS:
-        raise UserError(f"carrier {carrier!r}: choose from {', '.join(CARRIERS)}")
-    policy = deployed.space.check(policy, len(deployed.layers))
-    deployed.check_visited(policy)
-    b, found = Builder(), places(deployed, policy)
-    least, opset = CARRIERS[carrier]
+    if storage_dtype not in STORAGE_DTYPES:
+        raise UserError(f"storage_dtype {storage_dtype!r}: choose from {', '.join(STORAGE_DTYPES)}")
+    policy = network.space.check(policy, len(network.layers))
+    network.check_calibrated(policy)
+    b, found = Builder(), places(network, policy)
+    least, opset = STORAGE_DTYPES[storage_dtype]
 
     def layer(node: Node, x: str) -> tuple[str, ...]:
         of, before, own = found[node.layer]
-        return _layer(b, deployed, of, x, before, own, deployed.space.choices[own], least)
+        return _layer(b, network, of, x, before, own, network.space.choices[own], least)
 
-    ops = {**real_ops(b), "stem": _stem(b, deployed), "layer": layer}
-    ops["head"] = lambda node, x: head(b, deployed, x)
-    return finish(b, deployed, ops, opset=opset, policy=policy, form=f"policy, {carrier}")
+    ops = {**real_ops(b), "stem": _stem(b, network), "layer": layer}
+    ops["head"] = lambda node, x: head(b, network, x)
+    return finish(b, network, ops, opset=opset, policy=policy, form=f"policy, {storage_dtype}")
 
 
-def _stem(b: Builder, deployed: Deployed) -> Any:
-    stem = deployed.stem
+def _stem(b: Builder, network: IntegerModel) -> Any:
+    stem = network.stem
     if isinstance(stem, FloatStem):
         return lambda node, x: float_stem(b, stem, x)
-    return lambda node, x: _layer(b, deployed, stem, x, 0, 0, 8, 8, "independent")
+    return lambda node, x: _layer(b, network, stem, x, 0, 0, 8, 8, "independent")
 
 
 def _layer(
     b: Builder,
-    deployed: Deployed,
+    network: IntegerModel,
     layer: Layer,
     x: str,
     before: int,
@@ -102,18 +105,18 @@ def _layer(
     kind: str = "",
 ) -> tuple[str, ...]:
     """A quantised layer at one width: its outputs, float32."""
-    kind = kind or deployed.weight_kind
+    kind = kind or network.weight_quantizer
     codes = quantised(b, x, layer.step[own], bits, layer.info.signed)
     codes = b.node("DequantizeLinear", codes, b.constant(1.0))
     outputs = []
     for kernel in layer.kernels:
-        of = kernel.codes[0] if layer is deployed.stem else own_codes(deployed, kernel, own)
+        of = kernel.codes[0] if layer is network.stem else own_codes(network, kernel, own)
         name = f"{layer.info.name}.{kernel.info.name}"
-        carrier = 8 if bits > 4 else max(least, 2 if bits == 2 else 4)
-        if carrier == 8:
+        storage_dtype = 8 if bits > 4 else max(least, 2 if bits == 2 else 4)
+        if storage_dtype == 8:
             stored = b.constant(oihw(of), np.int8, name=name)
         else:
-            stored = b.small_integers(oihw(of), carrier, name)
+            stored = b.small_integers(oihw(of), storage_dtype, name)
         # onnxruntime computes a Cast when it loads the model, a DequantizeLinear in each call.
         weights = b.node("Cast", stored, to=b._onnx.TensorProto.FLOAT)
         if kind == "floor":
@@ -134,40 +137,40 @@ def quantised(b: Builder, x: str, step: Any, bits: int, signed: bool) -> str:
     codes = b.node("QuantizeLinear", x, b.constant(step), zero)
     if bits == 8:
         return str(codes)
-    low, high = bounds(bits, signed)
+    low, high = integer_range(bits, signed)
     return str(b.node("Clip", codes, b.constant(low, dtype), b.constant(high, dtype)))
 
 
-def switchable_model(deployed: Deployed) -> Any:
+def switchable_model(network: IntegerModel) -> Any:
     """A model of all policies: its second input is ``policy`` int64 ``[L]``, widths.
 
-    One set of int8 weights for all widths (one per width if the quantiser is not nested), narrowed
+    One set of int8 weights for all widths (one per width if the quantiser is not nested), cut down
     in the graph: a branch for each width, whose weights an engine may compute when it loads the
     model. A width that is not a choice gives NaN for all logits.
 
     Raises:
       UserError: onnx is not installed.
     """
-    b, space = Builder(), deployed.space
+    b, space = Builder(), network.space
     n = space.n
     choices = b.constant([space.choices], np.int64)
     asked = b.node("Unsqueeze", "policy", b.constant([1], np.int64))
     equal = b.node("Cast", b.node("Equal", asked, choices), to=b._onnx.TensorProto.INT32)
     indices = b.node("ArgMax", equal, axis=1, keepdims=0)
     known = b.node("ReduceMin", b.node("ReduceMax", equal, b.constant([1], np.int64)), keepdims=0)
-    number = {layer.info.name: place for place, layer in enumerate(deployed.layers)}
+    number = {layer.info.name: place for place, layer in enumerate(network.layers)}
     index = [
         b.node("Gather", indices, b.constant(place, np.int64), axis=0)
-        for place in range(len(deployed.layers))
+        for place in range(len(network.layers))
     ]
 
     def table(values: Any, row: str, name: str = "") -> str:
         return str(b.node("Gather", b.constant(values, name=name), row, axis=0))
 
     def layer(node: Node, x: str) -> tuple[str, ...]:
-        of = deployed.layers[number[node.layer]]
+        of = network.layers[number[node.layer]]
         own = index[number[node.layer]]
-        edges = [bounds(bits, of.info.signed) for bits in space.choices]
+        edges = [integer_range(bits, of.info.signed) for bits in space.choices]
         codes = b.node("Mul", x, table(1 / of.step, own))
         low, high = (table(edge, own) for edge in zip(*edges, strict=True))
         codes = b.node("Clip", b.node("Round", codes), low, high)
@@ -178,7 +181,7 @@ def switchable_model(deployed: Deployed) -> Any:
             sums = b.choose(own, ways, f"{name}.sums")
             row = own
             if len(kernel.count) > 1:
-                before = index[of.info.previous]
+                before = index[of.info.predecessor]
                 row = b.node("Add", b.node("Mul", before, b.constant(n, np.int64)), own)
             shape = (-1, kernel.info.shape[-1], 1, 1)
             multiplier = table(kernel.multiplier.reshape(shape), row, f"{name}.multiplier")
@@ -193,27 +196,27 @@ def switchable_model(deployed: Deployed) -> Any:
     def narrow(branch: Builder, kernel: Kernel, i: int, name: str) -> str:
         """Weights float32 ``[O, I, kh, kw]`` at choice ``i``: whole numbers, or halves between."""
         node, constant = branch.node, branch.constant
-        kind, to = deployed.weight_kind, branch._onnx.TensorProto.FLOAT
+        kind, to = network.weight_quantizer, branch._onnx.TensorProto.FLOAT
         if kind == "independent":
             name = f"{name}.{space.choices[i]}bits"
             return str(node("Cast", constant(oihw(kernel.codes[i]), np.int8, name=name), to=to))
         stored = constant(oihw(kernel.codes[0]), np.int8, name=name)
-        shift = deployed.code_bits - space.choices[i]
+        shift = network.code_bits - space.choices[i]
         parts = node("Mul", node("Cast", stored, to=to), constant(2.0**-shift))
         if kind == "floor":
             return str(node("Add", node("Floor", parts), constant(0.5)))
         if not shift:
             return str(parts)
-        top = constant(bounds(space.choices[i], True)[1])
+        top = constant(integer_range(space.choices[i], True)[1])
         return str(node("Min", node("Floor", node("Add", parts, constant(0.5))), top))
 
     def last(node: Node, x: str) -> str:
         valid = b.node("Cast", known, to=b._onnx.TensorProto.BOOL)
         zero, nan = b.constant(0.0), b.constant(np.nan)
-        return str(b.node("Add", head(b, deployed, x), b.node("Where", valid, zero, nan)))
+        return str(b.node("Add", head(b, network, x), b.node("Where", valid, zero, nan)))
 
-    ops = {**real_ops(b), "stem": _stem(b, deployed), "layer": layer, "head": last}
-    return finish(b, deployed, ops, opset=19, policy=None, form="switchable")
+    ops = {**real_ops(b), "stem": _stem(b, network), "layer": layer, "head": last}
+    return finish(b, network, ops, opset=19, policy=None, form="switchable")
 
 
 def save_onnx(path: str | pathlib.Path, model: Any, *, overwrite: bool = False) -> None:

@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.export.deployed import Deployed, FloatStem, Kernel, Layer
+from bitmixer_jax.export.integer_model import FloatStem, IntegerModel, Kernel, Layer
 from bitmixer_jax.export.onnx_builder import Builder, finish, head, oihw, real_ops
 from bitmixer_jax.export.onnx_graph import own_codes, places, quantised
 from bitmixer_jax.models.graph import Node
-from bitmixer_jax.quantizers import bounds
+from bitmixer_jax.quantizers import integer_range
 
 _OPSET = 19
 
 
 def stream_ranges(
-    deployed: Deployed, policy: np.ndarray, images: np.ndarray
+    network: IntegerModel, policy: np.ndarray, images: np.ndarray
 ) -> dict[str, tuple[float, float]]:
     """Smallest and largest value of each tensor of the network, on images.
 
@@ -34,11 +34,11 @@ def stream_ranges(
     import jax
 
     from bitmixer_jax.data import normalize
-    from bitmixer_jax.export.integer import tensors
+    from bitmixer_jax.export.integer_engine import tensors
 
     @jax.jit
     def run(images: Any) -> dict[str, Any]:
-        made = tensors(deployed, normalize(images, deployed.mean, deployed.std), tuple(policy))
+        made = tensors(network, normalize(images, network.mean, network.std), tuple(policy))
         return {name: (x.min(), x.max()) for name, x in made.items()}
 
     policy = [int(width) for width in policy]  # type: ignore[assignment]
@@ -51,7 +51,7 @@ def stream_ranges(
 
 
 def int8_model(
-    deployed: Deployed, policy: np.ndarray, ranges: Mapping[str, tuple[float, float]]
+    network: IntegerModel, policy: np.ndarray, ranges: Mapping[str, tuple[float, float]]
 ) -> Any:
     """A model of one policy ``[L]`` in 8 bits throughout, an onnx.ModelProto.
 
@@ -62,11 +62,11 @@ def int8_model(
       UserError: a policy that does not fit, a pair that training never visited, or onnx is not
         installed.
     """
-    policy = deployed.space.check(policy, len(deployed.layers))
-    deployed.check_visited(policy)
-    b, found = Builder(), places(deployed, policy)
-    direct = _direct(deployed.graph)
-    pooled = _read_by(deployed.graph, "max_pool")
+    policy = network.space.check(policy, len(network.layers))
+    network.check_calibrated(policy)
+    b, found = Builder(), places(network, policy)
+    direct = _direct(network.graph)
+    pooled = _read_by(network.graph, "max_pool")
     real = real_ops(b)
 
     def kept(node: Node, *made: str) -> tuple[str, ...]:
@@ -77,13 +77,13 @@ def int8_model(
         )
 
     def stem(node: Node, x: str) -> Any:
-        if isinstance(deployed.stem, FloatStem):
-            return _float_stem(b, deployed.stem, x)  # in float32, up to the ReLU behind it
-        return kept(node, *_layer(b, deployed, deployed.stem, x, 0, 0, 8))
+        if isinstance(network.stem, FloatStem):
+            return _float_stem(b, network.stem, x)  # in float32, up to the ReLU behind it
+        return kept(node, *_layer(b, network, network.stem, x, 0, 0, 8))
 
     def layer(node: Node, x: str) -> tuple[str, ...]:
         of, before, own = found[node.layer]
-        return kept(node, *_layer(b, deployed, of, x, before, own, deployed.space.choices[own]))
+        return kept(node, *_layer(b, network, of, x, before, own, network.space.choices[own]))
 
     def between(op: Any) -> Any:
         return lambda node, *inputs: kept(node, op(node, *inputs))
@@ -99,8 +99,8 @@ def int8_model(
     ops |= {"relu": relu, "max_pool": max_pool}
     # One Q after the ReLU serves the sum before it: engines drop the ReLU.
     ops["add"] = real["add"]
-    ops |= {"stem": stem, "layer": layer, "head": lambda node, x: head(b, deployed, x)}
-    return finish(b, deployed, ops, opset=_OPSET, policy=policy, form="policy, int8 throughout")
+    ops |= {"stem": stem, "layer": layer, "head": lambda node, x: head(b, network, x)}
+    return finish(b, network, ops, opset=_OPSET, policy=policy, form="policy, int8 throughout")
 
 
 def _float_stem(b: Builder, stem: FloatStem, x: str) -> str:
@@ -148,7 +148,7 @@ def _stream(b: Builder, x: str, low: float, high: float) -> str:
 
 def _layer(
     b: Builder,
-    deployed: Deployed,
+    network: IntegerModel,
     layer: Layer,
     x: str,
     before: int,
@@ -165,9 +165,9 @@ def _layer(
     outputs = []
     for kernel in layer.kernels:
         name = f"{layer.info.name}.{kernel.info.name}"
-        weights, scale, bias = _integers(deployed, layer, kernel, before, own, bits)
+        weights, scale, bias = _integers(network, layer, kernel, before, own, bits)
         if weights is None:
-            outputs.append(_in_float(b, deployed, kernel, codes, step, before, own, name))
+            outputs.append(_in_float(b, network, kernel, codes, step, before, own, name))
             continue
         w = b.node(
             "DequantizeLinear",
@@ -188,26 +188,26 @@ def _layer(
 
 
 def _integers(
-    deployed: Deployed, layer: Layer, kernel: Kernel, before: int, own: int, bits: int
+    network: IntegerModel, layer: Layer, kernel: Kernel, before: int, own: int, bits: int
 ) -> tuple[Any, np.ndarray, np.ndarray]:
     """Weights int8 ``[O, I, kh, kw]``, scale ``[O]`` of their sums and bias int32 ``[O]``.
 
     Narrow codes leave room in int8: they are multiplied to fill it, so that the bias, a whole
     number of sums, is the finer. No weights where they do not fit.
     """
-    is_stem = layer is deployed.stem
+    is_stem = layer is network.stem
     # The stem's 8-bit codes start at -128, which has no positive counterpart; -127 is as good.
-    codes = kernel.codes[0] if is_stem else own_codes(deployed, kernel, own)
+    codes = kernel.codes[0] if is_stem else own_codes(network, kernel, own)
     whole = oihw(np.asarray(codes, np.int32))
     whole = np.maximum(whole, -127) if is_stem else whole
     unit = 1.0
-    if not is_stem and deployed.weight_kind == "floor":
+    if not is_stem and network.weight_quantizer == "floor":
         whole, unit = 2 * whole + 1, 0.5
     multiplier = kernel.multiplier[before, own].astype(np.float64)
     offset = kernel.offset[before, own].astype(np.float64)
     whole = np.where(multiplier < 0, -1, 1)[:, None, None, None] * whole
     # Engines without dot products of bytes add pairs of them in 16 bits.
-    most = min(127, 16383 // max(abs(v) for v in bounds(bits, layer.info.signed)))
+    most = min(127, 16383 // max(abs(v) for v in integer_range(bits, layer.info.signed)))
     if np.abs(whole).max() > most:
         return None, multiplier, offset
     room = max(1, most // max(1, int(np.abs(whole).max())))
@@ -221,7 +221,7 @@ def _integers(
 
 def _in_float(
     b: Builder,
-    deployed: Deployed,
+    network: IntegerModel,
     kernel: Kernel,
     codes: str,
     step: float,
@@ -230,9 +230,9 @@ def _in_float(
     name: str,
 ) -> str:
     """Weights that int8 cannot hold (8 bits that end in a half) are multiplied in float."""
-    stored = b.constant(oihw(own_codes(deployed, kernel, own)), np.int8, name=name)
+    stored = b.constant(oihw(own_codes(network, kernel, own)), np.int8, name=name)
     weights = b.node("Cast", stored, to=b._onnx.TensorProto.FLOAT)
-    weights = b.node("Add", weights, b.constant(deployed.half))
+    weights = b.node("Add", weights, b.constant(network.half))
     sums = b.conv(codes, weights, kernel.info)
     scaled = b.node("Mul", sums, b.channels(kernel.multiplier[before, own] / step))
     return str(b.node("Add", scaled, b.channels(kernel.offset[before, own])))

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.assembly import TABLE_DTYPES, Assembly
-from bitmixer_jax.export.deployed import Deployed, FloatStem, Kernel
 from bitmixer_jax.export.description import Reader, describe
+from bitmixer_jax.export.integer_model import FloatStem, IntegerModel, Kernel
+from bitmixer_jax.export.packed_reader import NORM_DTYPES, PackedReader
 from bitmixer_jax.files import parse_json, read_bytes, user_path, write_new
 from bitmixer_jax.json_files import shown
+from bitmixer_jax.policy import BitSpace
 
 PACKED_FORMAT = "bitmixer-packed"
 PACKED_VERSION = 1
@@ -43,32 +43,34 @@ def plane_names(choices: tuple[int, ...], kind: str) -> list[str]:
     return [f"plane.{i}" for i in range(choices[-1])]
 
 
-def pack(deployed: Deployed, tables: str = "float32") -> bytes:
+def pack(network: IntegerModel, norm_dtype: str = "float32") -> bytes:
     """The packed file of a network.
 
     Args:
-      tables: dtype of the folded norms: "float32", or "float16" (half the bytes; each pair of
+      norm_dtype: dtype of the folded norms: "float32", or "float16" (half the bytes; each pair of
         widths of a kernel is scaled by its largest value, and errors are at most 2^-11 of that).
 
     Raises:
       UserError: the network was itself read from a truncated file.
     """
-    if deployed.weight_kind != "independent" and deployed.code_bits != deployed.space.widest:
+    if network.weight_quantizer != "independent" and network.code_bits != network.space.widest:
         raise UserError(
             "packed file: this network was read from a file cut between two widths; pack the whole"
         )
     arrays: dict[str, np.ndarray] = {}
-    kernels = [kernel for layer in deployed.layers for kernel in layer.kernels]
+    kernels = [kernel for layer in network.layers for kernel in layer.kernels]
     arrays["counts"] = np.concatenate([k.count.ravel() for k in kernels])
-    arrays["input_steps"] = np.concatenate([layer.step for layer in deployed.layers])
+    arrays["input_steps"] = np.concatenate([layer.step for layer in network.layers])
     arrays["weight_steps"] = np.concatenate([kernel.step for kernel in kernels])
-    arrays |= _table_arrays(kernels, tables)
-    arrays |= _end_arrays(deployed)
-    arrays |= _plane_arrays(deployed, kernels)
+    arrays |= _table_arrays(kernels, norm_dtype)
+    arrays |= _end_arrays(network)
+    arrays |= _plane_arrays(network, kernels)
     metadata = {
         "format": PACKED_FORMAT,
         "version": str(PACKED_VERSION),
-        "description": json.dumps(describe(deployed) | {"tables": tables}, separators=(",", ":")),
+        "description": json.dumps(
+            describe(network) | {"tables": norm_dtype}, separators=(",", ":")
+        ),
         "sha256": json.dumps(
             {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()},
             separators=(",", ":"),
@@ -94,13 +96,13 @@ def pack(deployed: Deployed, tables: str = "float32") -> bytes:
 
 def save_packed(
     path: str | pathlib.Path,
-    deployed: Deployed,
-    tables: str = "float32",
+    network: IntegerModel,
+    norm_dtype: str = "float32",
     *,
     overwrite: bool = False,
 ) -> None:
     """Writes the packed file of a network. Raises as `pack` and `files.write_new`."""
-    write_new(path, pack(deployed, tables), overwrite=overwrite)
+    write_new(path, pack(network, norm_dtype), overwrite=overwrite)
 
 
 def _header_digest(header: bytes) -> str:
@@ -109,8 +111,8 @@ def _header_digest(header: bytes) -> str:
 
 
 def _table_arrays(kernels: list[Kernel], dtype: str) -> dict[str, np.ndarray]:
-    if dtype not in TABLE_DTYPES:
-        raise UserError(f"packed file: tables of {dtype!r}; choose from {', '.join(TABLE_DTYPES)}")
+    if dtype not in NORM_DTYPES:
+        raise UserError(f"packed file: tables of {dtype!r}; choose from {', '.join(NORM_DTYPES)}")
     both = [(k.multiplier, k.offset) for k in kernels]
     if dtype == "float32":
         return {"norms": np.concatenate([np.stack(pair).ravel() for pair in both])}
@@ -124,8 +126,8 @@ def _table_arrays(kernels: list[Kernel], dtype: str) -> dict[str, np.ndarray]:
     return {"norms": np.concatenate(values), "norm_scales": np.concatenate(scales)}
 
 
-def _end_arrays(deployed: Deployed) -> dict[str, np.ndarray]:
-    stem, head = deployed.stem, deployed.head
+def _end_arrays(network: IntegerModel) -> dict[str, np.ndarray]:
+    stem, head = network.stem, network.head
     arrays = {"head.bias": head.bias, "head.kernel": head.kernel}
     if isinstance(stem, FloatStem):
         arrays["stem.kernel"] = stem.kernel
@@ -140,8 +142,8 @@ def _end_arrays(deployed: Deployed) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def _plane_arrays(deployed: Deployed, kernels: list[Kernel]) -> dict[str, np.ndarray]:
-    choices, kind = deployed.space.choices, deployed.weight_kind
+def _plane_arrays(network: IntegerModel, kernels: list[Kernel]) -> dict[str, np.ndarray]:
+    choices, kind = network.space.choices, network.weight_quantizer
     sets = [(i, w) for i, w in enumerate(choices)] if kind == "independent" else [(0, choices[-1])]
     planes = []
     for row, width in sets:
@@ -152,7 +154,7 @@ def _plane_arrays(deployed: Deployed, kernels: list[Kernel]) -> dict[str, np.nda
     return dict(zip(plane_names(choices, kind), planes, strict=True))
 
 
-def load_packed(path: str | pathlib.Path, planes: int | None = None) -> Deployed:
+def load_packed(path: str | pathlib.Path, planes: int | None = None) -> IntegerModel:
     """Reads a packed file, whole or cut after some of its planes.
 
     Args:
@@ -194,7 +196,7 @@ def _read(given: str | pathlib.Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def unpack(data: bytes, where: str, planes: int | None = None) -> Deployed:
+def unpack(data: bytes, where: str, planes: int | None = None) -> IntegerModel:
     """Reads the bytes of a packed file; ``where`` names them in errors. See `load_packed`."""
     read = Reader(where)
     header, metadata, start = _header(read, data)
@@ -225,7 +227,7 @@ def unpack(data: bytes, where: str, planes: int | None = None) -> Deployed:
         raise UserError(
             f"{where}: {there} planes are too few for any of its widths {whole.choices}"
         )
-    return Assembly(read, description, arrays, whole, kept, kind, there).build()
+    return PackedReader(read, description, arrays, whole, kept, kind, there).build()
 
 
 def _widths_within(space: BitSpace, kind: str, planes: int) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bitmixer_jax.bits import parse_changes, parse_policy, with_widths
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import user_path
+from bitmixer_jax.policy import parse_changes, parse_policy, with_widths
 from bitmixer_jax.runtime import Runtime
 
 
@@ -25,9 +25,9 @@ def predict_files(
 
     Args:
       model: a packed file, an ONNX file (".onnx"), or a workdir.
-      policy: as `bits.parse_policy` reads it; empty: the widest width everywhere. An ONNX file of
+      policy: as `policy.parse_policy` reads it; empty: the widest width everywhere. An ONNX file of
         one policy takes none.
-      changes: to the policy, as `bits.parse_changes` reads them.
+      changes: to the policy, as `policy.parse_changes` reads them.
       top: how many classes.
 
     Returns:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import Deployed, FloatStem, Layer
 from bitmixer_jax.export.description import describe
+from bitmixer_jax.export.integer_model import FloatStem, IntegerModel, Layer
 from bitmixer_jax.files import cannot_write, user_path, write_whole
 
 MODULE = pathlib.Path(__file__).with_name("torch_module.py")
 PYTORCH_FORMAT = "bitmixer-pytorch"
 
 
-def state_dict(deployed: Deployed) -> dict[str, np.ndarray]:
+def state_dict(network: IntegerModel) -> dict[str, np.ndarray]:
     """The state of the PyTorch module, by name.
 
     ``layers.I.step`` ``[n]``; ``layers.I.KERNEL.codes`` int8 ``[S, O, I, kh, kw]``, ``.multiplier``
@@ -37,9 +37,9 @@ def state_dict(deployed: Deployed) -> dict[str, np.ndarray]:
             arrays[f"{name}.offset"] = kernel.offset
             arrays[f"{name}.count"] = kernel.count
 
-    for i, layer in enumerate(deployed.layers):
+    for i, layer in enumerate(network.layers):
         add(f"layers.{i}", layer)
-    stem, head = deployed.stem, deployed.head
+    stem, head = network.stem, network.head
     if isinstance(stem, FloatStem):
         arrays["stem.kernel"] = stem.kernel.transpose(3, 2, 0, 1)
         arrays["stem.multiplier"], arrays["stem.offset"] = stem.multiplier, stem.offset
@@ -50,7 +50,7 @@ def state_dict(deployed: Deployed) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def export_pytorch(deployed: Deployed, folder: str | pathlib.Path) -> None:
+def export_pytorch(network: IntegerModel, folder: str | pathlib.Path) -> None:
     """Writes weights.safetensors and model.py into a new folder.
 
     Raises:
@@ -62,13 +62,13 @@ def export_pytorch(deployed: Deployed, folder: str | pathlib.Path) -> None:
         raise UserError(
             "export to PyTorch needs safetensors: pip install 'bitmixer_jax[torch]'"
         ) from None
-    if deployed.code_bits != deployed.space.widest:
+    if network.code_bits != network.space.widest:
         raise UserError("export: this network was read from a cut packed file; use the whole")
     folder = user_path(folder)
     try:
         folder.mkdir()
-        metadata = {"format": PYTORCH_FORMAT, "description": json.dumps(describe(deployed))}
-        write_whole(folder / "weights.safetensors", save(state_dict(deployed), metadata))
+        metadata = {"format": PYTORCH_FORMAT, "description": json.dumps(describe(network))}
+        write_whole(folder / "weights.safetensors", save(state_dict(network), metadata))
         write_whole(folder / "model.py", MODULE.read_bytes())
     except OSError as error:
         raise cannot_write(folder, error) from None

@@ -31,9 +31,9 @@ import numpy as np
 from bitmixer_jax.archives import read_parts
 from bitmixer_jax.data import normalize
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import Deployed
 from bitmixer_jax.export.description import Reader, describe
-from bitmixer_jax.export.integer import run_integer
+from bitmixer_jax.export.integer_engine import run_integer
+from bitmixer_jax.export.integer_model import IntegerModel
 from bitmixer_jax.files import open_file, parse_json, user_path, write_new
 from bitmixer_jax.inputs import check_images, check_policy
 
@@ -41,7 +41,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_stablehlo(
-    deployed: Deployed, path: str | pathlib.Path, *, overwrite: bool = False
+    network: IntegerModel, path: str | pathlib.Path, *, overwrite: bool = False
 ) -> None:
     """Writes logits(images uint8 ``[b, H, W, C]``, policy int32 ``[L]``) for cpu, cuda and tpu.
 
@@ -51,18 +51,18 @@ def export_stablehlo(
     _need_flatbuffers()
 
     def logits(images: jax.Array, policy: jax.Array) -> jax.Array:
-        x = normalize(images, deployed.mean, deployed.std)
-        return run_integer(deployed, x, policy)
+        x = normalize(images, network.mean, network.std)
+        return run_integer(network, x, policy)
 
     (batch,) = jax.export.symbolic_shape("b")
     shapes = (
-        jax.ShapeDtypeStruct((batch, *deployed.image_shape), jnp.uint8),
-        jax.ShapeDtypeStruct((len(deployed.layers),), jnp.int32),
+        jax.ShapeDtypeStruct((batch, *network.image_shape), jnp.uint8),
+        jax.ShapeDtypeStruct((len(network.layers),), jnp.int32),
     )
     with _no_locations():
         exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(*shapes)
-    about = {key: value for key, value in describe(deployed).items() if key != "graph"}
-    about["layers"] = list(deployed.names)
+    about = {key: value for key, value in describe(network).items() if key != "graph"}
+    about["layers"] = list(network.names)
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as file:
         for name, data in (

@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import closest
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import random_policies
-from bitmixer_jax.export.deployed import Deployed, FloatStem, deploy
+from bitmixer_jax.export.integer_model import FloatStem, IntegerModel, to_integer_model
 from bitmixer_jax.export.packed import load_packed, save_packed
 from bitmixer_jax.export.verify import EXACT, Engine, Tolerance, require, summary, verify
 from bitmixer_jax.files import cannot_write, check_free, hold, user_path, write_whole
+from bitmixer_jax.loaded_model import from_variables
 from bitmixer_jax.models import Network
-from bitmixer_jax.pairs import never_visited
-from bitmixer_jax.runnable import of_model
+from bitmixer_jax.pairs import uncalibrated_pairs
+from bitmixer_jax.policy import closest
 from bitmixer_jax.runs import choose_policy
 from bitmixer_jax.runtime import Runtime
 from bitmixer_jax.training import Run, load_trained
@@ -42,9 +42,9 @@ class Settings:
 
     Attributes:
       format: one of FORMATS.
-      policy: as `bits.parse_policy` reads it; for onnx: that policy alone. Empty: all policies.
-      changes: to the policy, as `bits.parse_changes` reads them.
-      carrier: of the weights of one policy in ONNX: "int8", "int4" or "int2".
+      policy: as `policy.parse_policy` reads it; for onnx: that policy alone. Empty: all policies.
+      changes: to the policy, as `policy.parse_changes` reads them.
+      storage_dtype: of the weights of one policy in ONNX: "int8", "int4" or "int2".
       fast: one policy in ONNX in 8 bits throughout, which answers differently (`onnx_int8`).
       tables: dtype of the norms in a packed file: "float32" or "float16".
       images: test images to compare on (no labels are used).
@@ -56,9 +56,9 @@ class Settings:
     format: str
     policy: str = ""
     changes: Sequence[str] = ()
-    carrier: str = "int8"
+    storage_dtype: str = "int8"
     fast: bool = False
-    tables: str = "float32"
+    norm_dtype: str = "float32"
     images: int = 500
     random: int = 10
     seed: int = 0
@@ -71,16 +71,21 @@ class Settings:
             raise UserError(f"--format {self.format!r}: unknown{hint}; one of {', '.join(FORMATS)}")
         for name, value, usual, only in (
             ("--policy", self.policy, "", "onnx"),
-            ("--carrier", self.carrier, "int8", "onnx"),
-            ("--tables", self.tables, "float32", "packed"),
+            ("--storage_dtype", self.storage_dtype, "int8", "onnx"),
+            ("--norm_dtype", self.norm_dtype, "float32", "packed"),
         ):
             if value != usual and self.format != only:
                 raise UserError(f"{name} {value}: of --format {only} alone")
-        for name, given in (("--carrier", self.carrier != "int8"), ("--fast", self.fast)):
+        for name, given in (
+            ("--storage_dtype", self.storage_dtype != "int8"),
+            ("--fast", self.fast),
+        ):
             if given and not self.policy:
                 raise UserError(f"{name}: of one policy alone in ONNX; give --policy")
-        if self.fast and self.carrier != "int8":
-            raise UserError(f"--fast --carrier {self.carrier}: only int8 is fast; give one of them")
+        if self.fast and self.storage_dtype != "int8":
+            raise UserError(
+                f"--fast --storage_dtype {self.storage_dtype}: only int8 is fast; give one of them"
+            )
         if self.changes and not self.policy:
             raise UserError("--set changes a policy: give one, such as --policy 4")
         for name, number in (("--images", self.images), ("--random", self.random)):
@@ -95,7 +100,7 @@ class Source:
       run, model, variables, runtime: as `load_trained` and `Runtime.load` give them.
       policy: int32 ``[L]`` the one to export, or None.
       images: uint8 ``[N, H, W, C]`` of the test split, for comparison.
-      deployed: the network as exports take it.
+      integer_model: the network as exports take it.
     """
 
     def __init__(self, workdir: str, settings: Settings):
@@ -111,15 +116,15 @@ class Source:
             self.runtime.check(self.policy)
         test = self.run.load(self.run.test_split, settings.data_dir)
         self.images = test.subset(np.arange(min(settings.images, len(test)))).images
-        about = self.run.data_info
+        about = self.run.dataset_info
         assert about is not None  # `load_trained` sets it
-        self.deployed: Deployed = deploy(
+        self.integer_model: IntegerModel = to_integer_model(
             self.model,
             self.variables,
             mean=about["mean"],
             std=about["std"],
             classes=tuple(about["classes"]),
-            network=digest(self.variables),
+            weights_digest=digest(self.variables),
             about={
                 "model": dict(self.run.model),
                 "dataset": self.run.dataset,
@@ -141,7 +146,7 @@ class Source:
         asked = [space.uniform(width, layers) for width in space.choices]
         asked += list(random_policies(self.model, settings.random, settings.seed))
         stats = self.variables["batch_stats"]
-        known = [p for p in asked if not never_visited(self.model, stats, p[None])]
+        known = [p for p in asked if not uncalibrated_pairs(self.model, stats, p[None])]
         if not known:
             raise UserError("export: training visited all pairs of no policy; train for longer")
         return known
@@ -228,7 +233,7 @@ def _export(workdir: str, out: pathlib.Path, settings: Settings, overwrite: bool
             source.policies(settings),
             tolerance,
         )
-        report |= {"network": source.deployed.network, "bytes": _size(made)}
+        report |= {"network": source.integer_model.weights_digest, "bytes": _size(made)}
         require(report)
         text = json.dumps(report, indent=1) + "\n"
         prepared = partial / _report(out).name
@@ -243,7 +248,7 @@ def _export(workdir: str, out: pathlib.Path, settings: Settings, overwrite: bool
         with contextlib.suppress(OSError):
             _remove(partial)
     lines = [summary(report), f"written: {out} ({report['bytes']:,} bytes), {_report(out).name}"]
-    return [*_sizes(source.deployed, out, settings), *lines] if what == "packed" else lines
+    return [*_sizes(source.integer_model, out, settings), *lines] if what == "packed" else lines
 
 
 def _put(made: pathlib.Path, out: pathlib.Path) -> None:
@@ -273,9 +278,9 @@ def _size(path: pathlib.Path) -> int:
 
 
 def _packed(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
-    save_packed(path, source.deployed, settings.tables)
+    save_packed(path, source.integer_model, settings.norm_dtype)
     runtime = Runtime.load(path)
-    if settings.tables == "float16":
+    if settings.norm_dtype == "float16":
         # Rounded tables move values to other codes, and those move others: on ResNet-20, CIFAR-10,
         # 96% of images keep their class (92 to 99 by policy) at the same accuracy.
         return "packed", runtime.predict, Tolerance(share=1.0, agreement=0.9)
@@ -289,14 +294,14 @@ def _onnx(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, 
     from bitmixer_jax.export.onnx_int8 import int8_model, stream_ranges
     from bitmixer_jax.export.onnx_runner import OnnxRunner
 
-    deployed, policy = source.deployed, source.policy
+    network, policy = source.integer_model, source.policy
     if policy is None:
-        model = switchable_model(deployed)
+        model = switchable_model(network)
     elif settings.fast:
-        ranges = stream_ranges(deployed, policy, source.training_images(settings))
-        model = int8_model(deployed, policy, ranges)
+        ranges = stream_ranges(network, policy, source.training_images(settings))
+        model = int8_model(network, policy, ranges)
     else:
-        model = policy_model(deployed, policy, settings.carrier)
+        model = policy_model(network, policy, settings.storage_dtype)
     save_onnx(path, model)
     runners = [OnnxRunner(path, optimization=level) for level in ("basic", "default")]
 
@@ -319,34 +324,34 @@ def _onnx(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, 
 def _pytorch(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
     from bitmixer_jax.export.pytorch import TorchRunner, export_pytorch
 
-    export_pytorch(source.deployed, path)
+    export_pytorch(source.integer_model, path)
     return "pytorch", TorchRunner(path), Tolerance()
 
 
 def _safetensors(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
     from bitmixer_jax.export.raw import export_raw, load_raw
 
-    deployed = source.deployed
+    network = source.integer_model
     export_raw(
         source.variables,
         path,
         {
             "format": "bitmixer-variables",
             "model": json.dumps(dict(source.run.model)),
-            "choices": json.dumps(deployed.space.choices),
-            "classes": json.dumps(deployed.classes),
-            "mean": json.dumps(deployed.mean.tolist()),
-            "std": json.dumps(deployed.std.tolist()),
-            "network": deployed.network,
+            "choices": json.dumps(network.space.choices),
+            "classes": json.dumps(network.classes),
+            "mean": json.dumps(network.mean.tolist()),
+            "std": json.dumps(network.std.tolist()),
+            "network": network.weights_digest,
         },
     )
     again = Runtime(
-        of_model(
+        from_variables(
             source.model,
             load_raw(path),
-            mean=deployed.mean,
-            std=deployed.std,
-            classes=deployed.classes,
+            mean=network.mean,
+            std=network.std,
+            classes=network.classes,
         )
     )
     return "jax, variables read back", again.predict, EXACT
@@ -355,7 +360,7 @@ def _safetensors(source: Source, path: pathlib.Path, settings: Settings) -> tupl
 def _stablehlo(source: Source, path: pathlib.Path, settings: Settings) -> tuple[str, Engine, Any]:
     from bitmixer_jax.export.stablehlo import StablehloRunner, export_stablehlo
 
-    export_stablehlo(source.deployed, path)
+    export_stablehlo(source.integer_model, path)
     return "stablehlo", StablehloRunner(path), Tolerance()
 
 
@@ -368,24 +373,24 @@ _WRITERS = {
 }
 
 
-def _sizes(deployed: Deployed, path: pathlib.Path, settings: Settings) -> list[str]:
+def _sizes(network: IntegerModel, path: pathlib.Path, settings: Settings) -> list[str]:
     """A Markdown table of sizes: what this file takes, and weights at other widths."""
-    weights = sum(layer.info.params for layer in deployed.layers)
-    stem, head = deployed.stem, deployed.head
+    weights = sum(layer.info.params for layer in network.layers)
+    stem, head = network.stem, network.head
     first = stem.kernel if isinstance(stem, FloatStem) else stem.kernels[0].codes
     ends = first.nbytes + head.kernel.nbytes + head.bias.nbytes
     size = path.stat().st_size
-    tables = sum(2 * k.multiplier.size for layer in deployed.layers for k in layer.kernels)
-    tables *= 4 if settings.tables == "float32" else 2
-    widest = deployed.space.widest
+    tables = sum(2 * k.multiplier.size for layer in network.layers for k in layer.kernels)
+    tables *= 4 if settings.norm_dtype == "float32" else 2
+    widest = network.space.widest
     bare = weights * widest / 8 + ends
     rows = ["| | bytes |", "|---|---|", f"| float32 weights | {4 * weights + ends:,.0f} |"]
-    for width in sorted({8, 4, 3, 2, *deployed.space.choices}, reverse=True):
+    for width in sorted({8, 4, 3, 2, *network.space.choices}, reverse=True):
         rows.append(f"| {width}-bit weights and ends, bare | {weights * width / 8 + ends:,.0f} |")
     rows += [
         f"| this file: all widths up to {widest} bits | {size:,} "
         f"({100 * (size / bare - 1):+.1f}% over bare {widest}-bit) |",
-        f"| of it norms of all pairs of widths, {settings.tables} | {tables:,} |",
+        f"| of it norms of all pairs of widths, {settings.norm_dtype} | {tables:,} |",
     ]
     for planes, width in _cuts(path):
         rows.append(f"| cut to {width} bits ({planes[0]} planes) | {planes[1]:,} |")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from bitmixer_jax.bits import BitSpace, closest
+from bitmixer_jax.deprecated import MODEL_SETTINGS, new_keys
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
-from bitmixer_jax.layers import Quantization
+from bitmixer_jax.layers import QuantConfig
 from bitmixer_jax.models.mobilenet import MobileNetV2
 from bitmixer_jax.models.network import Network
 from bitmixer_jax.models.resnet import ResNet
+from bitmixer_jax.policy import BitSpace, closest
 
 __all__ = ["MODELS", "KernelInfo", "LayerInfo", "Network", "create_model"]
 
@@ -46,8 +47,9 @@ def create_model(
         (CIFAR); "resnet18", "resnet34", "resnet50", "mobilenetv2" (ImageNet).
       num_classes: width of the head.
       space: widths each layer may take; None builds the float twin.
-      settings: attributes of the family (``image_shape``, ``width``, ``stem_strides``, ``ends``,
-        ...) and of `Quantization` (``weight_kind``, ``norm``, ``compute_dtype``, ...).
+      settings: attributes of the family (``image_shape``, ``width``, ``stem_strides``,
+        ``first_last_layers``, ...) and of `QuantConfig` (``weight_quantizer``, ``norm``,
+        ``compute_dtype``, ...).
 
     Raises:
       UserError: unknown name or setting.
@@ -57,7 +59,8 @@ def create_model(
             f"model {name!r}: unknown{closest(name, list(MODELS))} (one of {', '.join(MODELS)})"
         )
     family, defaults = MODELS[name]
-    of_quant = {f.name for f in dataclasses.fields(Quantization)} - {"space"}
+    settings = new_keys(settings, MODEL_SETTINGS)
+    of_quant = {f.name for f in dataclasses.fields(QuantConfig)} - {"space"}
     of_family = {f.name for f in dataclasses.fields(family)} - {"parent", "name", "quant"}
     for setting in settings:
         if setting not in of_quant | of_family:
@@ -66,8 +69,11 @@ def create_model(
                 f"model {name!r}: unknown setting {setting!r}{closest(setting, known)}"
                 f" (one of {', '.join(known)})"
             )
-    quant = Quantization(space=space, **{k: v for k, v in settings.items() if k in of_quant})
-    if settings.get("ends", "float") not in ("float", "int8"):
-        raise UserError(f'model {name!r}: ends = {settings["ends"]!r}; choose "float" or "int8"')
+    quant = QuantConfig(space=space, **{k: v for k, v in settings.items() if k in of_quant})
+    if settings.get("first_last_layers", "float") not in ("float", "int8"):
+        raise UserError(
+            f"model {name!r}: first_last_layers = {settings['first_last_layers']!r}; "
+            'choose "float" or "int8"'
+        )
     own = {k: v for k, v in settings.items() if k in of_family}
     return family(**{**defaults, "num_classes": num_classes, "quant": quant, **own})

@@ -1,4 +1,4 @@
-"""How a network is wired: a short list of nodes that every engine walks through.
+"""How a network is wired: a short list of nodes that every engine uses.
 
 The Flax model, the integer engine and the exports all read this one description, so that none of
 them repeats how blocks are connected.
@@ -45,7 +45,7 @@ class Node:
     channels: int = 0
 
 
-class Wiring:
+class GraphBuilder:
     """Builds a list of nodes: each call adds one and returns the name of what it makes."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Wiring:
         return names[0] if outputs == 1 else names
 
 
-def walk(
+def run_graph(
     graph: Sequence[Node],
     images: Value,
     ops: Mapping[str, Callable[..., Any]],

@@ -6,7 +6,7 @@ import functools
 import itertools
 
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo, conv_info
-from bitmixer_jax.models.graph import Node, Wiring
+from bitmixer_jax.models.graph import GraphBuilder, Node
 from bitmixer_jax.models.network import Network
 
 # (expansion, channels, blocks, strides) of each stage: table 2 of the paper.
@@ -46,7 +46,7 @@ class MobileNetV2(Network):
     @property
     def graph(self) -> tuple[Node, ...]:
         """See Network.graph."""
-        wiring = Wiring()
+        wiring = GraphBuilder()
         x = wiring.add("relu6", wiring.add("stem", "images"))
         for _, block in itertools.groupby(self.layers, key=lambda layer: layer.block):
             y = x
@@ -81,7 +81,7 @@ def _layers(shape: tuple[int, int, int], multiplier: float) -> tuple[LayerInfo, 
                 name=name,
                 kind="depthwise" if depthwise else "conv",
                 kernels=(conv,),
-                previous=len(layers) - 1,
+                predecessor=len(layers) - 1,
                 block=block,
                 signed=signed,
                 input=shape,

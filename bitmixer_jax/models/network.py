@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
 from bitmixer_jax.layers import (
     QuantActivation,
+    QuantConfig,
     QuantDense,
-    Quantization,
     QuantLayer,
 )
-from bitmixer_jax.models.graph import Node, walk
+from bitmixer_jax.models.graph import Node, run_graph
+from bitmixer_jax.policy import BitSpace
 
 Selection = Literal["layer", "block"]
 
@@ -32,13 +32,14 @@ class Network(nn.Module):
       num_classes: width of the head.
       image_shape: ``(H, W, C)`` of one image.
       quant: what is quantised, and how.
-      ends: "float" (the protocol of the paper's peers) or "int8": stem and head at a fixed 8 bits.
+      first_last_layers: "float" (the protocol of the paper's peers) or "int8": stem and head at a
+        fixed 8 bits.
     """
 
     num_classes: int = 10
     image_shape: tuple[int, int, int] = (32, 32, 3)
-    quant: Quantization = Quantization()
-    ends: str = "float"
+    quant: QuantConfig = QuantConfig()
+    first_last_layers: str = "float"
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
@@ -62,7 +63,7 @@ class Network(nn.Module):
             name="stem",
             kind="conv",
             kernels=(self.stem_conv,),
-            previous=-1,
+            predecessor=-1,
             block=-1,
             signed=True,  # normalised images
             input=self.image_shape,
@@ -106,21 +107,21 @@ class Network(nn.Module):
             return tuple(layer.block for layer in self.layers)
         raise UserError(f'selection: got {selection!r}; choose "layer" or "block"')
 
-    def float_twin(self) -> Network:
+    def baseline(self) -> Network:
         """The same network with quantisation off and one plain BN per kernel."""
-        return self.clone(quant=self.quant.float_twin())
+        return self.clone(quant=self.quant.baseline())
 
-    def end_quant(self) -> Quantization:
-        """Quantization of stem and head: off, or one fixed width of 8 bits."""
+    def first_last_quant(self) -> QuantConfig:
+        """QuantConfig of stem and head: off, or one fixed width of 8 bits."""
         if self.quant.space is None:
             return self.quant
-        if self.ends == "float":  # real values: bfloat16 is exact for codes only
-            return dataclasses.replace(self.quant.float_twin(), compute_dtype="float32")
-        return Quantization(
+        if self.first_last_layers == "float":  # real values: bfloat16 is exact for codes only
+            return dataclasses.replace(self.quant.baseline(), compute_dtype="float32")
+        return QuantConfig(
             space=BitSpace((8,)),
             activations=self.quant.activations,
             weights=self.quant.weights,
-            weight_kind="independent",
+            weight_quantizer="independent",
             norm="per_width",
             momentum=self.quant.momentum,
             epsilon=self.quant.epsilon,
@@ -181,22 +182,24 @@ class Network(nn.Module):
         table = {layer.name: (place, layer) for place, layer in enumerate(self.layers)}
 
         def stem(node: Node, x: jax.Array) -> jax.Array:
-            return QuantLayer(self.stem_info, self.end_quant(), name="stem")(x, 0, 0, train)[0]
+            return QuantLayer(self.stem_info, self.first_last_quant(), name="stem")(x, 0, 0, train)[
+                0
+            ]
 
         def layer(node: Node, x: jax.Array) -> tuple[jax.Array, ...]:
             place, info = table[node.layer]
-            previous = indices[info.previous] if info.previous >= 0 else 0
+            predecessor = indices[info.predecessor] if info.predecessor >= 0 else 0
             run = QuantLayer(info, self.quant, name=info.name)
-            return run(x, previous, indices[place], train)
+            return run(x, predecessor, indices[place], train)
 
         ops = {**REAL_OPS, "stem": stem, "layer": layer, "head": lambda node, x: self._head(x)}
-        logits = walk(self.graph, images, ops)[self.graph[-1].outputs[0]]
+        logits = run_graph(self.graph, images, ops)[self.graph[-1].outputs[0]]
         # Traced widths cannot raise: an unknown one must not pass for an answer.
         return logits if valid is None else jnp.where(valid, logits, jnp.nan)
 
     def _head(self, x: jax.Array) -> jax.Array:
         """Global average pooling and the last linear layer."""
-        quant = self.end_quant()
+        quant = self.first_last_quant()
         pooled = jnp.mean(x, (1, 2))
         codes, step = QuantActivation(quant, name="head_input")(pooled, 0)
         return QuantDense(quant, features=self.num_classes, name="head")(codes, step, 0)

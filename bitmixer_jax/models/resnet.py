@@ -6,7 +6,7 @@ import functools
 import itertools
 
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo, conv_info
-from bitmixer_jax.models.graph import Node, Wiring
+from bitmixer_jax.models.graph import GraphBuilder, Node
 from bitmixer_jax.models.network import Network
 
 
@@ -51,7 +51,7 @@ class ResNet(Network):
     @property
     def graph(self) -> tuple[Node, ...]:
         """See Network.graph."""
-        wiring = Wiring()
+        wiring = GraphBuilder()
         x = wiring.add("relu", wiring.add("stem", "images"))
         if self.stem_pool:
             x = wiring.add("max_pool", x)
@@ -108,7 +108,7 @@ def _layers(
                         name=f"stage{stage}.block{number}.conv{i + 1}",
                         kind="conv",
                         kernels=tuple(kernels),
-                        previous=len(layers) - 1,
+                        predecessor=len(layers) - 1,
                         block=block,
                         signed=False,
                         input=shape,

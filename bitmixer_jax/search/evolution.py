@@ -39,7 +39,7 @@ class Evolution:
         """See `search.search`; draws from ``rng``."""
         uniform = [np.full(problem.size, i, np.int64) for i in range(problem.space.n)]
         first = [problem.fill(problem.repair(genes, rng), rng) for genes in uniform]
-        if not problem.limits:
+        if not problem.constraints:
             first = uniform
         seen: set[bytes] = set()
         members = np.zeros((0, problem.size), np.int64)
@@ -71,7 +71,7 @@ class Evolution:
         genes = np.where(rng.random(problem.size) < 0.5, mother, father)
         changes = rng.random(problem.size) < self.mutation / problem.size
         genes = np.where(changes, rng.integers(problem.space.n, size=problem.size), genes)
-        if problem.limits:
+        if problem.constraints:
             genes = problem.repair(genes, rng)
             if rng.random() < 0.5:  # what the budget leaves is mostly worth taking
                 genes = problem.fill(genes, rng)
@@ -93,9 +93,9 @@ def _new(candidates: Iterable[np.ndarray], wanted: int, seen: set[bytes]) -> lis
 
 def _order(problem: Problem, members: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """Indices of the members, best first."""
-    if problem.limits:
+    if problem.constraints:
         return np.argsort(losses, kind="stable")
-    costs = problem.axis(problem.widths(members))
+    costs = problem.objective(problem.widths(members))
     left, order = np.arange(len(members)), []
     while len(left):
         rank = left[pareto(costs[left], losses[left])]  # by ascending cost

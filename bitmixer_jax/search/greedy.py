@@ -30,7 +30,7 @@ class Greedy:
         """See `search.search`; draws nothing."""
         genes = problem.widest
         (loss,) = yield genes[None]
-        while not problem.limits or not problem.fits(genes):
+        while not problem.constraints or not problem.fits(genes):
             lower = genes - np.eye(problem.size, dtype=np.int64)[genes > 0]
             saved = problem.saving(genes, lower) if len(lower) else np.zeros(0)
             lower, saved = lower[saved > 0], saved[saved > 0]

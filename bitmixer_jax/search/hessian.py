@@ -100,7 +100,7 @@ def sensitivity(
     """
     found = traces(model, variables, images, labels, key, samples)
     table = np.zeros((problem.size, problem.space.n))
-    kind, space = model.quant.weight_kind, model.space
+    kind, space = model.quant.weight_quantizer, model.space
     for group, layer in zip(problem.groups, model.layers, strict=True):
         for kernel in layer.kernels:
             own = variables["params"][layer.name][kernel.name]

@@ -43,7 +43,7 @@ class IntegerProgram:
         """Policies that it will ask for, at most."""
         around = problem.size * (problem.space.n - 1)
         first = 0 if self.sensitivity is not None else 1 + around
-        if not problem.limits:
+        if not problem.constraints:
             return first + self.points
         steps = self.rounds + self._radius(problem).bit_length() if self.rounds else 0
         return first + 1 + self.rounds * around + steps
@@ -56,13 +56,13 @@ class IntegerProgram:
         if sensitivity is None:
             (loss,) = yield problem.widest[None]
             sensitivity = yield from _around(problem, problem.widest, loss)
-        if not problem.limits:
-            low, high = problem.range(problem.axis)
+        if not problem.constraints:
+            low, high = problem.range(problem.objective)
             budgets = [problem.within(most) for most in np.linspace(low, high, self.points)]
-            solved = [one.minimise(_wider(sensitivity)) for one in budgets]
+            solved = [one.solve_ilp(_wider(sensitivity)) for one in budgets]
             yield np.unique([genes for genes in solved if genes is not None], axis=0)
             return
-        best = problem.minimise(_wider(sensitivity))
+        best = problem.solve_ilp(_wider(sensitivity))
         if best is None:
             return
         (least,) = yield best[None]
@@ -74,7 +74,7 @@ class IntegerProgram:
                 rounds -= 1
                 centre = best
                 sensitivity = yield from _around(problem, centre, least)
-            genes = problem.minimise(_wider(sensitivity), centre, changes)
+            genes = problem.solve_ilp(_wider(sensitivity), centre, changes)
             assert genes is not None  # the centre itself fits
             if (genes == centre).all():
                 return

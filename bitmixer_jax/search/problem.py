@@ -12,23 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace, closest
 from bitmixer_jax.cost import Cost
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.policy import BitSpace, closest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limit:
-    """At most ``most`` of a cost, in its unit."""
+class Constraint:
+    """At most ``upper_bound`` of a cost, in its unit."""
 
     cost: Cost
-    most: float
+    upper_bound: float
 
     def __str__(self) -> str:
-        return f"{self.cost.name}={self.most:g}"
+        return f"{self.cost.name}={self.upper_bound:g}"
 
 
-def parse_budget(texts: Sequence[str], costs: Mapping[str, Cost]) -> tuple[Limit, ...]:
+def parse_budget(texts: Sequence[str], costs: Mapping[str, Cost]) -> tuple[Constraint, ...]:
     """Reads what a person types for a budget: ``["avg_bits=3", "bitops=60%,bytes=40000"]``.
 
     A percentage is of the policy of the widest width everywhere.
@@ -36,7 +36,7 @@ def parse_budget(texts: Sequence[str], costs: Mapping[str, Cost]) -> tuple[Limit
     Raises:
       UserError: unknown cost, no number, a cost given twice, or a limit below all policies.
     """
-    limits: dict[str, Limit] = {}
+    limits: dict[str, Constraint] = {}
     for text in ",".join(texts).split(","):
         name, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
@@ -60,15 +60,15 @@ def parse_budget(texts: Sequence[str], costs: Mapping[str, Cost]) -> tuple[Limit
         if not 0 <= number < float("inf"):
             raise UserError(f"--budget {name}={value}: not a number (or a percentage)")
         most = number * cost.widest / 100 if value.endswith("%") else number
-        limits[name] = _reachable(Limit(cost=cost, most=most))
+        limits[name] = _reachable(Constraint(cost=cost, upper_bound=most))
     if not limits:
         raise UserError("--budget: give at least one limit, such as avg_bits=3")
     return tuple(limits.values())
 
 
-def _reachable(limit: Limit) -> Limit:
+def _reachable(limit: Constraint) -> Constraint:
     low, high = limit.cost.range
-    if limit.most < low * (1 - _SLACK):
+    if limit.upper_bound < low * (1 - _SLACK):
         raise UserError(
             f"budget {limit}: no policy costs so little; {limit.cost.name} lies in "
             f"[{low:g}, {high:g}] {limit.cost.unit}"
@@ -88,21 +88,21 @@ class Problem:
     Attributes:
       space: the choices.
       groups: ``[L]`` group of each layer; the layers of a group share a width.
-      axis: the cost that a front is drawn over, and that saving is counted in.
-      limits: the budget; none: the whole range of ``axis`` is wanted.
+      objective: the cost that a front is drawn over, and that saving is counted in.
+      constraints: the budget; none: the whole range of ``objective`` is wanted.
     """
 
     space: BitSpace
     groups: tuple[int, ...]
-    axis: Cost
-    limits: tuple[Limit, ...] = ()
+    objective: Cost
+    constraints: tuple[Constraint, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises UserError where no policy fits all limits."""
-        if self.limits and self.cheapest() is None:
+        if self.constraints and self.cheapest() is None:
             ranges = ", ".join(
                 f"{limit} (reachable alone: from {self.range(limit.cost)[0]:g})"
-                for limit in self.limits
+                for limit in self.constraints
             )
             raise UserError(f"budget: no policy fits all limits together: {ranges}")
 
@@ -140,8 +140,8 @@ class Problem:
     def fits_policy(self, policies: Any) -> np.ndarray:
         """Whether policies ``[..., L]`` keep within all limits: bool ``[...]``."""
         inside = np.ones(np.shape(policies)[:-1], bool)
-        for limit in self.limits:
-            inside &= limit.cost(policies) <= limit.most * (1 + _SLACK)
+        for limit in self.constraints:
+            inside &= limit.cost(policies) <= limit.upper_bound * (1 + _SLACK)
         return inside
 
     def saving(self, genes: np.ndarray, lower: np.ndarray) -> np.ndarray:
@@ -151,10 +151,10 @@ class Problem:
         where there are none.
         """
         exceeded = [
-            (limit.cost, limit.most)
-            for limit in self.limits
-            if limit.cost(self.widths(genes)) > limit.most * (1 + _SLACK)
-        ] or [(self.axis, self.axis.widest)]
+            (limit.cost, limit.upper_bound)
+            for limit in self.constraints
+            if limit.cost(self.widths(genes)) > limit.upper_bound * (1 + _SLACK)
+        ] or [(self.objective, self.objective.widest)]
         saved = np.zeros(len(lower))
         for cost, scale in exceeded:
             saved += (cost(self.widths(genes)) - cost(self.widths(lower))) / max(scale, _TINY)
@@ -162,10 +162,10 @@ class Problem:
 
     def within(self, most: float) -> Problem:
         """The problem with one limit on the axis."""
-        limit = _reachable(Limit(cost=self.axis, most=most))
-        return dataclasses.replace(self, limits=(*self.limits, limit))
+        limit = _reachable(Constraint(cost=self.objective, upper_bound=most))
+        return dataclasses.replace(self, constraints=(*self.constraints, limit))
 
-    def minimise(
+    def solve_ilp(
         self, table: np.ndarray, near: np.ndarray | None = None, changes: int = 0
     ) -> np.ndarray | None:
         """Genes ``[G]`` of the least sum of ``table`` ``[G, n]`` that fit; None where none fit.
@@ -184,11 +184,13 @@ class Problem:
         if table.shape != shape or not np.isfinite(table).all():
             raise UserError(f"sensitivities: give finite numbers {shape}, got {table.shape}")
         rules: list[Any] = [LinearConstraint(np.kron(np.eye(self.size), np.ones(shape[1])), 1, 1)]
-        for limit in self.limits:
+        for limit in self.constraints:
             # In parts of the limit: HiGHS has absolute tolerances, and BitOPs are of order 1e10.
             row = self.table(limit.cost).reshape(1, -1)
-            unit = 1e-3 * (limit.most or row.max() or 1.0)
-            rules.append(LinearConstraint(row / unit, -np.inf, limit.most / unit * (1 + _SLACK)))
+            unit = 1e-3 * (limit.upper_bound or row.max() or 1.0)
+            rules.append(
+                LinearConstraint(row / unit, -np.inf, limit.upper_bound / unit * (1 + _SLACK))
+            )
         if near is not None:
             same = np.zeros(shape)
             same[np.arange(self.size), near] = 1
@@ -215,16 +217,16 @@ class Problem:
     def cheapest(self) -> np.ndarray | None:
         """Genes ``[G]`` that use least of the limits, taken together; None where none fit."""
         use = np.zeros((self.size, self.space.n))
-        for limit in self.limits:
-            use += self.table(limit.cost) / max(limit.most, _TINY)
+        for limit in self.constraints:
+            use += self.table(limit.cost) / max(limit.upper_bound, _TINY)
         genes = use.argmin(1)
         # Nearly always every cost falls with the width: then this is the narrowest, and fits.
-        return genes if self.fits(genes) else self.minimise(use)
+        return genes if self.fits(genes) else self.solve_ilp(use)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Random genes ``[G]`` that fit; without limits, spread over the range of the axis."""
-        if not self.limits:
-            low, high = self.range(self.axis)
+        if not self.constraints:
+            low, high = self.range(self.objective)
             return self.within(rng.uniform(low, high)).draw(rng)
         genes = rng.integers(self.space.n, size=self.size)
         return self.fill(self.repair(genes, rng), rng)

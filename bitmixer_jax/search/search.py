@@ -43,7 +43,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Found:
+class SearchResult:
     """All that a search evaluated, each policy once, in the order in which it was asked for.
 
     Attributes:
@@ -92,11 +92,11 @@ def search(
     *,
     seed: int = 0,
     on_scores: Callable[[int, float], Any] = lambda number, best: None,
-) -> Found:
+) -> SearchResult:
     """Runs a method to its end.
 
     Args:
-      score: gives the scores of policies int32 ``[M, L]``, such as `scores.ScoreBook`.
+      score: gives the scores of policies int32 ``[M, L]``, such as `scores.EvaluationCache`.
       seed: of the method's draws.
       on_scores: called with the number of policies evaluated so far and the least loss within the
         budget, to show how far it is.
@@ -119,9 +119,9 @@ def search(
         on_scores(len(known), best)
     policies = np.asarray(list(known), np.int32)
     values = np.asarray(list(known.values()))
-    return Found(
+    return SearchResult(
         policies=policies,
         scores=Scores(values[:, 0], values[:, 1]),
-        costs=problem.axis(policies),
+        costs=problem.objective(policies),
         fits=problem.fits_policy(policies),
     )

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax import data as datasets
-from bitmixer_jax.bits import closest, save_policy
 from bitmixer_jax.cost import Cost, activation_peak, costs
 from bitmixer_jax.data import Dataset, Streamed
 from bitmixer_jax.data._splits import ALL, EmptySplit, complement, overlap, parse_split, split_names
@@ -30,13 +29,14 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
 from bitmixer_jax.files import cannot_write, check_folder, check_free, hold, user_path
 from bitmixer_jax.front import Front, Point
+from bitmixer_jax.policy import closest, save_policy
 from bitmixer_jax.search import hessian, plots
+from bitmixer_jax.search.cache import EvaluationCache, file_name
 from bitmixer_jax.search.problem import Problem, parse_budget
-from bitmixer_jax.search.scores import ScoreBook, file_name
-from bitmixer_jax.search.search import METHODS, Found, Method, search
+from bitmixer_jax.search.search import METHODS, Method, SearchResult, search
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
-from bitmixer_jax.training.claims import parse_source
+from bitmixer_jax.training.workdir import parse_source
 
 SENSITIVITIES = ("measured", "hessian")
 
@@ -99,7 +99,7 @@ class Trained:
         self.run, self.model, self.variables = load_trained(workdir)
         if self.model.quant.space is None:
             raise UserError(f"{workdir}: a float twin has no widths to search")
-        self.network = digest(self.variables)
+        self.weights_digest = digest(self.variables)
         self.costs = costs(self.model, settings.latency)
         self.groups = self.model.groups(self.run.selection)  # type: ignore[arg-type]
         self.data_dir = settings.data_dir or self.run.data_dir or None
@@ -109,14 +109,14 @@ class Trained:
         self.data = self._subset(self.run.load(self.split, self.data_dir))
         evaluator = self.evaluator(self.data)
         about = {
-            "network": self.network,
+            "network": self.weights_digest,
             "dataset": self.run.dataset,
             "split": self.split,
             "images": len(self.data),
             "seed": settings.seed,
         }
         self._scores = _writable(parse_source(workdir)[0] / "search" / file_name(about))
-        self.book = ScoreBook(
+        self.book = EvaluationCache(
             lambda policies: evaluator.scores(self.variables, policies), self._scores, about
         )
 
@@ -191,7 +191,7 @@ class Trained:
             return METHODS["ilp"](sensitivity=table)
         return METHODS[s.method]()
 
-    def search(self, problem: Problem) -> Found:
+    def search(self, problem: Problem) -> SearchResult:
         """Runs the search, with a progress bar on a terminal.
 
         Raises:
@@ -203,7 +203,7 @@ class Trained:
         with hold(lock, f"search scores {self._scores}"):
             return self._search(problem)
 
-    def _search(self, problem: Problem) -> Found:
+    def _search(self, problem: Problem) -> SearchResult:
         from rich.console import Console
         from rich.progress import Progress
 
@@ -222,10 +222,10 @@ class Trained:
         self.seconds = own + self.book.seconds - before
         return found
 
-    def about_search(self, found: Found) -> dict[str, Any]:
+    def about_search(self, found: SearchResult) -> dict[str, Any]:
         """What a result file says of how it was found."""
         return {
-            "network": self.network,
+            "weights_digest": self.weights_digest,
             "method": self.settings.method,
             "seed": self.settings.seed,
             "split": self.split,
@@ -283,14 +283,16 @@ def search_workdir(
       Markdown lines that say what was found.
 
     Raises:
-      UserError: see `Trained`, `parse_budget`, `Problem`, `Found.best`; ``out`` exists.
+      UserError: see `Trained`, `parse_budget`, `Problem`, `SearchResult.best`; ``out`` exists.
     """
     out = user_path(out)
     check_free(out, overwrite)
     trained = Trained(workdir, settings)
     model, space = trained.model, trained.model.space
     limits = parse_budget(budget, trained.costs)
-    problem = Problem(space=space, groups=trained.groups, axis=limits[0].cost, limits=limits)
+    problem = Problem(
+        space=space, groups=trained.groups, objective=limits[0].cost, constraints=limits
+    )
     found = trained.search(problem)
     best = found.best()
     uniform = [space.uniform(width, model.num_layers) for width in space.choices]
@@ -305,8 +307,8 @@ def search_workdir(
         model.names,
         space,
         overwrite=overwrite,
-        network=about.pop("network"),
-        budget={limit.cost.name: limit.most for limit in limits},
+        weights_digest=about.pop("weights_digest"),
+        budget={limit.cost.name: limit.upper_bound for limit in limits},
         cost={**values, "activation_peak": float(activation_peak(model, best.widths))},
         search={**about, "loss": best.loss, "top1": best.top1},
         test={"examples": examples, "top1": float(top1[0])},
@@ -328,7 +330,7 @@ def search_workdir(
     ]
 
 
-def _images_line(trained: Trained, found: Found) -> str:
+def _images_line(trained: Trained, found: SearchResult) -> str:
     seen = (
         "; the network was trained on them: train with config.train_split=train[:90%] to keep some"
         if trained.seen_in_training
@@ -370,7 +372,7 @@ def front_workdir(
         hint = " (give --latency)" if cost == "latency_ms" else closest(cost, known)
         raise UserError(f"--cost {cost!r}: unknown{hint}; one of {', '.join(known)}")
     axis = trained.costs[cost]
-    problem = Problem(space=space, groups=trained.groups, axis=axis)
+    problem = Problem(space=space, groups=trained.groups, objective=axis)
     found = trained.search(problem)
     points = found.front()
     drawn = random_policies(model, random, settings.seed, trained.groups)
@@ -390,7 +392,7 @@ def front_workdir(
         choices=space.choices,
         cost=axis.name,
         unit=axis.unit,
-        network=about.pop("network"),
+        weights_digest=about.pop("weights_digest"),
         notes={
             "search": about,
             "test": {"examples": examples},

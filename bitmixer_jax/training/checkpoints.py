@@ -261,7 +261,9 @@ class Checkpoints:
             except UserError as error:
                 failed = error
             # All processes go on with the same checkpoint, or all of them stop.
-            any_damaged, any_failed = hosts.agree(float(bool(said)), float(failed is not None))
+            any_damaged, any_failed = hosts.all_reduce_max(
+                float(bool(said)), float(failed is not None)
+            )
             if any_failed:
                 raise failed or UserError(other)
             if not any_damaged:
@@ -294,7 +296,7 @@ class Checkpoints:
             more = (f"{step}-{number}" for number in itertools.count(1))
             names = itertools.chain([str(step)], more)
             aside = next(parent / name for name in names if not (parent / name).exists())
-            hosts.by_the_first(partial(self._move, step, aside), lambda: None)
+            hosts.on_primary(partial(self._move, step, aside), lambda: None)
             moved.append(aside)
         if moved:
             self._manager.reload()

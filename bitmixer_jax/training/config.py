@@ -14,11 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bitmixer_jax import data as datasets
-from bitmixer_jax.bits import BitSpace, closest
 from bitmixer_jax.data import Dataset, Streamed, StreamSettings
+from bitmixer_jax.deprecated import MODEL_SETTINGS, new_keys, tell
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.layers import Quantization
+from bitmixer_jax.layers import QuantConfig
 from bitmixer_jax.models import MODELS, Network, create_model
+from bitmixer_jax.policy import BitSpace, closest
 from bitmixer_jax.training.optimizer import OptimizerSettings
 from bitmixer_jax.training.stages import Stage
 
@@ -35,6 +36,30 @@ FREE = (
     "workers",
     "stream.skip_unreadable",  # without it a run ends at the first such image
 )
+
+
+class _ModelConfig(ConfigDict):
+    """Settings of a network, which may also be read and written by their old names."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(_new_name(key))
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(_new_name(key), value)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(_new_name(key), value)
+
+    def __contains__(self, key: str) -> bool:
+        return super().__contains__(MODEL_SETTINGS.get(key, key))
+
+
+def _new_name(key: str) -> str:
+    """Returns the name of a setting of the network, and tells those who write the old one."""
+    if key not in MODEL_SETTINGS:
+        return key
+    tell(f"config.model.{key}", f"config.model.{MODEL_SETTINGS[key]}")
+    return MODEL_SETTINGS[key]
 
 
 def default_config() -> ConfigDict:
@@ -71,13 +96,15 @@ def default_config() -> ConfigDict:
             pad=0,  # random crops after padding by so many pixels
             flip=False,  # random mirroring
             batch_size=128,  # over all devices
-            model=dict(
-                name="resnet8",
-                weight_kind="floor",
-                norm="transitional",
-                ends="float",
-                momentum=0.9,
-                compute_dtype="float32",
+            model=_ModelConfig(
+                dict(
+                    name="resnet8",
+                    weight_quantizer="floor",
+                    norm="transitional",
+                    first_last_layers="float",
+                    momentum=0.9,
+                    compute_dtype="float32",
+                )
             ),
             choices=(2, 3, 4),
             selection="layer",  # or "block": the layers of a block share one width
@@ -116,7 +143,7 @@ def default_config() -> ConfigDict:
     )
 
 
-def float_config(config: ConfigDict, epochs: float, learning_rate: float = 0.1) -> ConfigDict:
+def baseline_config(config: ConfigDict, epochs: float, learning_rate: float = 0.1) -> ConfigDict:
     """The same configuration for the float twin: one stage, nothing quantised."""
     config = config.copy_and_resolve_references()
     stage = dict(config.stages[config.order[0]])
@@ -140,8 +167,8 @@ class Run:
 
     Attributes are those of `default_config`, with ``stages`` in the order in which they run; and
 
-      data_info: of a trained network, the data it was trained on ("classes", "image_shape", "mean",
-        "std"); None before training.
+      dataset_info: of a trained network, the data it was trained on ("classes", "image_shape",
+        "mean", "std"); None before training.
     """
 
     seed: int
@@ -171,10 +198,10 @@ class Run:
     log_every: int
     checkpoint_seconds: float
     keep_checkpoints: int
-    data_info: Mapping[str, Any] | None = None
+    dataset_info: Mapping[str, Any] | None = None
 
     @property
-    def is_float(self) -> bool:
+    def is_baseline(self) -> bool:
         """Whether this trains a float twin."""
         return self.stages[0].quantize == "nothing"
 
@@ -196,16 +223,16 @@ class Run:
             stream=self.stream,
             workers=self.workers,
         )
-        if self.data_info is None:
+        if self.dataset_info is None:
             return data
         where = f"data set {self.dataset}"
-        datasets.require_classes(data.classes, self.data_info["classes"], where)
-        shape = tuple(self.data_info["image_shape"])
+        datasets.require_classes(data.classes, self.dataset_info["classes"], where)
+        shape = tuple(self.dataset_info["image_shape"])
         if data.image_shape != shape:
             raise UserError(
                 f"{where}: images are {data.image_shape}; the network was trained on {shape}"
             )
-        mean, std = (np.asarray(self.data_info[key], np.float32) for key in ("mean", "std"))
+        mean, std = (np.asarray(self.dataset_info[key], np.float32) for key in ("mean", "std"))
         return dataclasses.replace(data, mean=mean, std=std)
 
     def network(self, data: Dataset | Streamed) -> Network:
@@ -219,7 +246,7 @@ class Run:
             settings.pop("name"),
             num_classes=num_classes,
             image_shape=tuple(image_shape),
-            space=None if self.is_float else BitSpace(self.choices),
+            space=None if self.is_baseline else BitSpace(self.choices),
             **settings,
         )
 
@@ -231,6 +258,8 @@ def read(config: ConfigDict | Mapping[str, Any]) -> Run:
       UserError: unknown or missing setting, wrong type, or values that do not go together.
     """
     values = to_json(config)
+    if isinstance(values.get("model"), Mapping):
+        values["model"] = new_keys(values["model"], MODEL_SETTINGS)
     defaults = to_json(default_config())
     _check_names(values, defaults, "config", skip=("stages", "model"))
     values = {**defaults, **values}
@@ -285,7 +314,7 @@ def _check_run(run: Run) -> None:
             'config.stages: quantize = "nothing" makes a float twin, which has other variables; '
             "train it in a workdir of its own, and start from that by config.init_from"
         )
-    if not run.is_float:
+    if not run.is_baseline:
         BitSpace(run.choices)
     teaches = any(stage.distill == "teacher" for stage in run.stages)
     if teaches and not run.teacher:
@@ -369,8 +398,11 @@ def _check_model(settings: Mapping[str, Any]) -> None:
             raise UserError(f"config.model.{setting} = {value}; give at most {2**20}")
     if not 0 <= settings.get("momentum", 0) < 1:
         raise UserError(f"config.model.momentum = {settings['momentum']}; give 0 <= momentum < 1")
-    if settings.get("ends", "float") not in ("float", "int8"):
-        raise UserError(f"config.model.ends = {settings['ends']!r}; choose from float, int8")
+    if settings.get("first_last_layers", "float") not in ("float", "int8"):
+        raise UserError(
+            f"config.model.first_last_layers = {settings['first_last_layers']!r}; "
+            "choose from float, int8"
+        )
 
 
 def _fields(family: Any) -> tuple[Any, ...]:
@@ -465,7 +497,7 @@ def _with_unnamed(path: str | pathlib.Path, overrides: Sequence[str]) -> ConfigD
 def _model_defaults(name: Any) -> dict[str, Any]:
     """The settings of a network that are plain values, and their defaults."""
     family = MODELS[name][0] if name in MODELS else Network
-    known = {f.name: f.default for f in (*dataclasses.fields(Quantization), *_fields(family))}
+    known = {f.name: f.default for f in (*dataclasses.fields(QuantConfig), *_fields(family))}
     return {k: v for k, v in known.items() if isinstance(v, bool | int | float | str)}
 
 

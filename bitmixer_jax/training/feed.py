@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from bitmixer_jax.data import Dataset, Loader, Streamed
-from bitmixer_jax.devices import places, replicate, shard
+from bitmixer_jax.devices import local_batch_indices, replicate, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training.config import Run
-from bitmixer_jax.training.plan import Plan
+from bitmixer_jax.training.schedule import TrainSchedule
 
 
 class ResidentFeed:
@@ -20,14 +20,16 @@ class ResidentFeed:
 
     streamed = False
 
-    def __init__(self, plan: Plan, data: Dataset, devices: Sequence[jax.Device]) -> None:
+    def __init__(
+        self, schedule: TrainSchedule, data: Dataset, devices: Sequence[jax.Device]
+    ) -> None:
         """Places the data."""
-        self._plan = plan
+        self._schedule = schedule
         self._data = replicate({"image": data.images, "label": data.labels}, devices)
 
     def __call__(self, step: int, take: int) -> tuple[Any, np.ndarray]:
         """Data, and rows int32 ``[take, B]``, of the steps from ``step`` on."""
-        return self._data, np.stack([self._plan.rows(s) for s in range(step, step + take)])
+        return self._data, np.stack([self._schedule.rows(s) for s in range(step, step + take)])
 
     def unreadable(self) -> int:
         """How many images could not be read: none."""
@@ -42,9 +44,11 @@ class StreamFeed:
 
     streamed = True
 
-    def __init__(self, plan: Plan, data: Streamed, devices: Sequence[jax.Device]) -> None:
+    def __init__(
+        self, schedule: TrainSchedule, data: Streamed, devices: Sequence[jax.Device]
+    ) -> None:
         """Decodes nothing before the first step is asked for."""
-        self._plan, self._data, self._devices = plan, data, list(devices)
+        self._schedule, self._data, self._devices = schedule, data, list(devices)
         self._loader: Loader | None = None
         self._next = -1
 
@@ -57,9 +61,9 @@ class StreamFeed:
         assert take == 1
         if self._loader is None or step != self._next:
             self.close()
-            run, end = self._plan.run, self._plan.ends[-1]
-            own = places(self._devices, run.batch_size)
-            self._loader = self._data.training(self._plan.order, step, end, run.flip, own)
+            run, end = self._schedule.run, self._schedule.stage_ends[-1]
+            own = local_batch_indices(self._devices, run.batch_size)
+            self._loader = self._data.training(self._schedule.order, step, end, run.flip, own)
         images, labels = next(self._loader)
         self._next = step + 1
         return shard({"image": images, "label": labels}, self._devices), None
@@ -75,12 +79,12 @@ class StreamFeed:
 
 
 def make_feed(
-    plan: Plan, data: Dataset | Streamed, devices: Sequence[jax.Device]
+    schedule: TrainSchedule, data: Dataset | Streamed, devices: Sequence[jax.Device]
 ) -> ResidentFeed | StreamFeed:
     """The feed for a training set."""
     if isinstance(data, Streamed):
-        return StreamFeed(plan, data, devices)
-    return ResidentFeed(plan, data, devices)
+        return StreamFeed(schedule, data, devices)
+    return ResidentFeed(schedule, data, devices)
 
 
 def check_streamed(run: Run) -> None:

@@ -20,7 +20,7 @@ LOST = 75  # exit status: another process was lost; start all of them again
 _TEXT = 2000  # bytes of an error that is passed on
 
 
-class Leave(Exception):
+class ProcessAborted(Exception):
     """This process must end without waiting for the others (`os._exit`): one of them has failed.
 
     Attributes:
@@ -105,12 +105,12 @@ def _environment() -> tuple[str | None, int | None, int | None]:
     return os.environ.get("JAX_COORDINATOR_ADDRESS"), processes, process
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this process writes logs and reports."""
     return jax.process_index() == 0
 
 
-def agree(*values: float) -> tuple[float, ...]:
+def all_reduce_max(*values: float) -> tuple[float, ...]:
     """The largest of each value over all processes, which all call this at the same point."""
     if jax.process_count() == 1:
         return values
@@ -120,7 +120,7 @@ def agree(*values: float) -> tuple[float, ...]:
     return tuple(float(value) for value in np.max(gathered, axis=0))
 
 
-def by_the_first(action: Callable[[], Any], check: Callable[[], Any]) -> None:
+def on_primary(action: Callable[[], Any], check: Callable[[], Any]) -> None:
     """The first process acts, then the others check; an error of the first is that of all.
 
     So no process waits for one that has given up.
@@ -134,7 +134,7 @@ def by_the_first(action: Callable[[], Any], check: Callable[[], Any]) -> None:
     from jax.experimental import multihost_utils
 
     said = b""
-    if first():
+    if is_primary():
         try:
             action()
         except UserError as error:
@@ -145,17 +145,17 @@ def by_the_first(action: Callable[[], Any], check: Callable[[], Any]) -> None:
     message = heard.rstrip(b"\0").decode(errors="replace")
     if message:
         raise UserError(message)
-    if not first():
+    if not is_primary():
         check()
 
 
-def leave(error: BaseException) -> Leave | None:
+def as_aborted(error: BaseException) -> ProcessAborted | None:
     """What an error in training means where there are other processes; None if there are none."""
     if jax.process_count() == 1:
         return None
     name = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, UserError):
-        return Leave(str(error), 2)
+        return ProcessAborted(str(error), 2)
     line = next((line for line in str(error).splitlines() if line.strip()), "")[:160]
     signs = (
         "Gloo",
@@ -168,9 +168,9 @@ def leave(error: BaseException) -> Leave | None:
         "DEADLINE",
     )
     if any(sign in str(error) for sign in signs):
-        return Leave(
+        return ProcessAborted(
             f"{name}: another one was lost ({line}). Start all of them again: training goes on "
             "from the newest checkpoint",
             LOST,
         )
-    return Leave(f"{name} failed ({type(error).__name__}: {line})", 1)
+    return ProcessAborted(f"{name} failed ({type(error).__name__}: {line})", 1)

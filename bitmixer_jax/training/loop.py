@@ -18,22 +18,33 @@ import numpy as np
 from bitmixer_jax.data import Dataset, Streamed, require_classes
 from bitmixer_jax.devices import replicate
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.evaluation import Evaluator, NeverVisited, evaluate
+from bitmixer_jax.evaluation import Evaluator, UncalibratedPairs, evaluate
 from bitmixer_jax.files import cannot_write, hold, user_path
-from bitmixer_jax.pairs import fill_unvisited_pairs
+from bitmixer_jax.pairs import fill_uncalibrated_pairs
 from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training import hosts
 from bitmixer_jax.training.checkpoints import Checkpoints, check_path
-from bitmixer_jax.training.claims import LOCK_FILE, claim, parse_source, read_config
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.feed import check_streamed, make_feed
 from bitmixer_jax.training.metrics import Bar, Metrics
-from bitmixer_jax.training.plan import Plan, as_of, initial_state, load_weights, make_plan
+from bitmixer_jax.training.schedule import (
+    TrainSchedule,
+    as_of,
+    initial_state,
+    load_weights,
+    make_schedule,
+)
 from bitmixer_jax.training.step import (
-    Spread,
+    ParallelStep,
     StepSettings,
     TrainState,
     make_train_step,
+)
+from bitmixer_jax.training.workdir import (
+    LOCK_FILE,
+    create_or_check_workdir,
+    parse_source,
+    read_config,
 )
 
 _ASK_EVERY = 8  # dispatches
@@ -61,7 +72,7 @@ def train(
       UserError: something in the configuration, the data or the workdir is wrong, or the loss is
         no longer finite.
       Interrupted: SIGTERM or SIGINT; the state is saved.
-      hosts.Leave: of several processes this one failed, or another.
+      hosts.ProcessAborted: of several processes this one failed, or another.
     """
     workdir = user_path(workdir)
     check_path(workdir)
@@ -76,13 +87,13 @@ def train(
         )
     if _has_teacher(run):
         _check_teacher(run.teacher, train_data.classes)
-    plan = make_plan(run, run.network(train_data), len(train_data))
+    schedule = make_schedule(run, run.network(train_data), len(train_data))
     if not _has_checkpoints(workdir):
         # A workdir belongs to one configuration, so a wrong source must fail before it is made.
         if _has_teacher(run):
-            load_weights(run.teacher, plan.model)
+            load_weights(run.teacher, schedule.model)
         if run.init_from:
-            initial_state(plan, train_data)
+            initial_state(schedule, train_data)
     about = {
         "classes": list(train_data.classes),
         "image_shape": list(train_data.image_shape),
@@ -92,12 +103,14 @@ def train(
     }
     # All settings of streams are stored: one that a file lacks is newer than its run.
     stream = dataclasses.asdict(run.stream)
-    made = {**configuration.to_json(config), "stream": stream, "made_for": about}
+    made = {**configuration.to_json(config), "stream": stream, "dataset_info": about}
     # Stages and models differ from the default in what they name: only whole settings are filled.
     defaults = configuration.to_json(configuration.default_config())
     for name in ("stages", "model"):
         defaults.pop(name)
-    check = partial(claim, workdir, made, free=configuration.FREE, defaults=defaults)
+    check = partial(
+        create_or_check_workdir, workdir, made, free=configuration.FREE, defaults=defaults
+    )
     with contextlib.ExitStack() as held:
 
         def take() -> None:
@@ -109,29 +122,29 @@ def train(
             held.enter_context(hold(workdir / LOCK_FILE, f"workdir {workdir}"))
             check()
 
-        hosts.by_the_first(take, partial(check, write=False))
-        _train(plan, workdir, train_data, test_data, devices)
+        hosts.on_primary(take, partial(check, write=False))
+        _train(schedule, workdir, train_data, test_data, devices)
     return run
 
 
 def _train(
-    plan: Plan,
+    schedule: TrainSchedule,
     workdir: pathlib.Path,
     train_data: Dataset | Streamed,
     test_data: Dataset | Streamed,
     devices: list[jax.Device],
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to the end of the last stage."""
-    run = plan.run
-    checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=plan.ends)
+    run = schedule.run
+    checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=schedule.stage_ends)
     with contextlib.ExitStack() as opened:
         try:
             trainer, state = _set_up(
-                plan, workdir, train_data, test_data, devices, checkpoints, opened
+                schedule, workdir, train_data, test_data, devices, checkpoints, opened
             )
             with _Signals() as signals:
                 for stage in range(len(run.stages)):
-                    if int(state.step) < plan.ends[stage]:
+                    if int(state.step) < schedule.stage_ends[stage]:
                         state = trainer.run_stage(stage, state, signals)
                 trainer.evaluate(state, len(run.stages) - 1)
                 trainer.save(state, len(run.stages) - 1)
@@ -140,8 +153,8 @@ def _train(
             checkpoints.close()
             raise
         except Exception as error:
-            if leave := hosts.leave(error):  # closing checkpoints would wait for the others
-                raise leave from error
+            if aborted := hosts.as_aborted(error):  # closing checkpoints would wait for the others
+                raise aborted from error
             with contextlib.suppress(UserError):  # of the disk; ``error`` says what went wrong
                 checkpoints.close()
             raise
@@ -149,7 +162,7 @@ def _train(
 
 
 def _set_up(
-    plan: Plan,
+    schedule: TrainSchedule,
     workdir: pathlib.Path,
     train_data: Dataset | Streamed,
     test_data: Dataset | Streamed,
@@ -158,16 +171,16 @@ def _set_up(
     opened: contextlib.ExitStack,
 ) -> tuple[_Trainer, TrainState]:
     """Restores the newest state, or makes the first; ``opened`` closes what is opened here."""
-    run, skipped = plan.run, list[str]()
-    state = checkpoints.restore_whole(plan.abstract_state(), skipped.append)
+    run, skipped = schedule.run, list[str]()
+    state = checkpoints.restore_whole(schedule.abstract_state(), skipped.append)
     resumed = state is not None
     if state is None:
-        state = initial_state(plan, train_data)
+        state = initial_state(schedule, train_data)
     done = int(state.step)
-    speaks = hosts.first()
+    speaks = hosts.is_primary()
     metrics = Metrics(workdir, done, speaks)
     opened.callback(metrics.close)
-    bar = Bar(plan.ends[-1], done, speaks)
+    bar = Bar(schedule.stage_ends[-1], done, speaks)
     opened.callback(bar.stop)
     for line in skipped:
         bar.say(f"warning: {line}")
@@ -177,8 +190,8 @@ def _set_up(
             "XLA runs the body of a loop without its fast convolutions; set it to 1"
         )
     if resumed:
-        bar.say(f"going on from step {done} of {plan.ends[-1]}")
-    trainer = _Trainer(plan, workdir, train_data, test_data, devices, checkpoints, metrics, bar)
+        bar.say(f"going on from step {done} of {schedule.stage_ends[-1]}")
+    trainer = _Trainer(schedule, workdir, train_data, test_data, devices, checkpoints, metrics, bar)
     opened.callback(trainer.feed.close)
     return trainer, state
 
@@ -209,7 +222,7 @@ class _Signals:
 class _Trainer:
     """What the loop holds on to while stages come and go."""
 
-    plan: Plan
+    schedule: TrainSchedule
     workdir: pathlib.Path
     train_data: Dataset | Streamed
     test_data: Dataset | Streamed
@@ -219,64 +232,64 @@ class _Trainer:
     bar: Bar
 
     def __post_init__(self) -> None:
-        run = self.plan.run
+        run = self.schedule.run
         self.teacher, self.teacher_variables = None, None
         if _has_teacher(run):
-            self.teacher, variables = load_weights(run.teacher, self.plan.model)
+            self.teacher, variables = load_weights(run.teacher, self.schedule.model)
             self.teacher_variables = replicate(variables, self.devices)
         self.evaluators: dict[int, Evaluator] = {}
         self.saved_at = time.monotonic()
         self.read_back = bool(self.checkpoints.steps)
-        self.feed = make_feed(self.plan, self.train_data, self.devices)
+        self.feed = make_feed(self.schedule, self.train_data, self.devices)
 
     def enter(self, stage: int, state: TrainState) -> TrainState:
         """The hand-over: fresh optimiser state, and for layer-wise widths every pair filled."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        if self.plan.run.stages[stage].widths == "layer":
-            variables = fill_unvisited_pairs(variables, self.plan.model.layers)
-        return self.plan.state(
+        if self.schedule.run.stages[stage].widths == "layer":
+            variables = fill_uncalibrated_pairs(variables, self.schedule.model.layers)
+        return self.schedule.state(
             variables["params"], variables["batch_stats"], stage, int(state.step)
         )
 
-    def step_function(self, stage: int) -> Spread:
+    def step_function(self, stage: int) -> ParallelStep:
         """The compiled step of a stage."""
-        plan, run, data = self.plan, self.plan.run, self.train_data
-        start = plan.start(stage)
+        schedule, run, data = self.schedule, self.schedule.run, self.train_data
+        start = schedule.start(stage)
         settings = StepSettings(
             seed=run.seed,
             start=start,
-            steps=plan.ends[stage] - start,
+            steps=schedule.stage_ends[stage] - start,
             batch_size=run.batch_size,
             mean=tuple(float(x) for x in data.mean),
             std=tuple(float(x) for x in data.std),
             pad=run.pad,
             flip=run.flip,
             label_smoothing=run.label_smoothing,
-            groups=plan.model.groups(run.selection),  # type: ignore[arg-type]
+            groups=schedule.model.groups(run.selection),  # type: ignore[arg-type]
             ema=run.optimizer.ema,
             sync_bn=run.sync_bn,
         )
         teacher = self.teacher if run.stages[stage].distill == "teacher" else None
         step = make_train_step(
-            plan.model, run.stages[stage], plan.optimizer(stage), settings, teacher
+            schedule.model, run.stages[stage], schedule.optimizer(stage), settings, teacher
         )
-        return Spread(step, self.devices, run.steps_per_dispatch, self.feed.streamed)
+        return ParallelStep(step, self.devices, run.steps_per_dispatch, self.feed.streamed)
 
     def run_stage(self, number: int, state: TrainState, signals: _Signals) -> TrainState:
         """Trains to the end of a stage and saves there."""
-        plan, run, stage = self.plan, self.plan.run, self.plan.run.stages[number]
-        if int(state.step) == plan.start(number):
+        schedule, run, stage = self.schedule, self.schedule.run, self.schedule.run.stages[number]
+        if int(state.step) == schedule.start(number):
             state = self.enter(number, state)
         state = replicate(state, self.devices)
         step_function = self.step_function(number)
         teacher = self.teacher_variables if stage.distill == "teacher" else None
         step, clock = int(state.step), _Clock(run.batch_size)
         pending: list[Any] = []
-        every = max(1, round(run.evaluate_every * plan.steps_per_epoch))
+        every = max(1, round(run.evaluate_every * schedule.steps_per_epoch))
         evaluated = step // every
-        self.bar.say(f"stage {stage.name}: steps {step} to {plan.ends[number]}")
+        self.bar.say(f"stage {stage.name}: steps {step} to {schedule.stage_ends[number]}")
         self.bar.show(step, stage.name, "compiling the step")
-        while step < plan.ends[number]:
+        while step < schedule.stage_ends[number]:
             if run.evaluate_every and step // every > evaluated:
                 evaluated = step // every
                 pending = self.log(pending, step, number, clock)
@@ -288,8 +301,8 @@ class _Trainer:
             due = int(time.monotonic() - self.saved_at > min(run.checkpoint_seconds, soon))
             if jax.process_count() > 1:
                 # All stop and save at one step; asking waits for the devices, so not at each.
-                ask = (step - plan.start(number)) // run.steps_per_dispatch % _ASK_EVERY == 0
-                stop, due = map(int, hosts.agree(stop, due)) if ask else (0, 0)
+                ask = (step - schedule.start(number)) // run.steps_per_dispatch % _ASK_EVERY == 0
+                stop, due = map(int, hosts.all_reduce_max(stop, due)) if ask else (0, 0)
             if due or stop:
                 # This raises where a loss is not finite, before such a state is saved.
                 pending = self.log(pending, step, number, clock)
@@ -299,7 +312,7 @@ class _Trainer:
                 self.checkpoints.wait()
                 self.bar.say(f"signal {stop}: saved at step {step}")
                 raise Interrupted(stop)
-            take = min(run.steps_per_dispatch, plan.ends[number] - step)
+            take = min(run.steps_per_dispatch, schedule.stage_ends[number] - step)
             try:
                 data, rows = self.feed(step, take)
             except UserError:  # whoever stops a job may stop the workers with it: save first
@@ -309,7 +322,7 @@ class _Trainer:
             state, metrics = step_function(state, data, rows, teacher)
             pending.append((step, metrics))
             before, step = step, step + take
-            if step // run.log_every > before // run.log_every or before == plan.start(number):
+            if step // run.log_every > before // run.log_every or before == schedule.start(number):
                 pending = self.log(pending, step, number, clock)
         self.log(pending, step, number, clock)
         if step_function.traces > 1:
@@ -328,14 +341,14 @@ class _Trainer:
         Raises:
           UserError: a value of the state is not finite, or what was saved cannot be read back.
         """
-        name, step = self.plan.run.stages[stage].name, int(state.step)
+        name, step = self.schedule.run.stages[stage].name, int(state.step)
         if not _all_finite((state.params, state.batch_stats)):
             raise self.not_finite(name, step, "the weights are not finite")
         self.checkpoints.save(state, {"stage": name})
         if not self.read_back:
             self.checkpoints.wait()
             try:
-                self.checkpoints.restore(self.plan.abstract_state(), step, on_host=True)
+                self.checkpoints.restore(self.schedule.abstract_state(), step, on_host=True)
             except UserError as error:
                 raise UserError(
                     f"{self.checkpoints.folder}: the first checkpoint was saved but cannot be read "
@@ -370,7 +383,7 @@ class _Trainer:
         """
         if not pending:
             return []
-        name = self.plan.run.stages[stage].name
+        name = self.schedule.run.stages[stage].name
         fetched = [jax.device_get(m) for _, m in pending]
         values = {key: np.concatenate([m[key] for m in fetched]) for key in fetched[0]}
         bad = ~(np.isfinite(values["loss"]) & np.isfinite(values["grad_norm"]))
@@ -382,14 +395,14 @@ class _Trainer:
                 f"the loss is not finite (loss {loss}, gradient norm {norm})",
             )
         record = {key: float(v.mean()) for key, v in values.items()}
-        record["epoch"] = step / self.plan.steps_per_epoch
+        record["epoch"] = step / self.schedule.steps_per_epoch
         if self.feed.unreadable():
             record["unreadable_images"] = self.feed.unreadable()
         rate = clock.rate(sum(len(m["loss"]) for m in fetched))
         speed = ""
         if rate is not None:
             record["images_per_second"] = rate
-            left = (self.plan.ends[-1] - step) * self.plan.run.batch_size / rate
+            left = (self.schedule.stage_ends[-1] - step) * self.schedule.run.batch_size / rate
             speed = f", {rate:.0f} images/s, {_duration(left)} left"
         self.metrics.write("train", step, {"stage": name, **record})
         self.bar.show(
@@ -401,11 +414,11 @@ class _Trainer:
 
     def evaluate(self, state: TrainState, stage: int) -> None:
         """Test accuracy of the uniform widths and, if layer-wise, of some random policies."""
-        run, layout = self.plan.run, self.plan.run.stages[stage]
+        run, layout = self.schedule.run, self.schedule.run.stages[stage]
         if stage not in self.evaluators:
             self.evaluators = {
                 stage: Evaluator(
-                    as_of(self.plan.model, layout),
+                    as_of(self.schedule.model, layout),
                     self.test_data,
                     self.train_data.mean,
                     self.train_data.std,
@@ -414,16 +427,16 @@ class _Trainer:
                 )
             }
         step = int(state.step)
-        visited = layout.widths == "layer" and not run.is_float
+        visited = layout.widths == "layer" and not run.is_baseline
         try:
             result = evaluate(
                 self.evaluators[stage],
                 state.variables,
                 random=run.evaluate_random if visited else 0,
                 seed=run.seed,
-                groups=self.plan.model.groups(run.selection),  # type: ignore[arg-type]
+                groups=self.schedule.model.groups(run.selection),  # type: ignore[arg-type]
             )
-        except NeverVisited as error:  # a short stage may not have met every pair yet
+        except UncalibratedPairs as error:  # a short stage may not have met every pair yet
             self.bar.say(f"step {step}: not evaluated: {error}")
             return
         result.get("random", {}).pop("scores", None)
@@ -452,7 +465,7 @@ def _check_teacher(source: str, classes: Sequence[str]) -> None:
     if user_path(source).is_file():  # a state_dict of torchvision names no classes
         return
     folder, _ = parse_source(source)
-    info = read_config(folder).get("made_for")
+    info = read_config(folder).get("dataset_info")
     if isinstance(info, Mapping) and isinstance(info.get("classes"), list):
         require_classes(classes, info["classes"], f"config.teacher = {source}: the data")
 

@@ -23,6 +23,6 @@ def distillation(logits: jax.Array, teacher: jax.Array, temperature: float) -> j
     No gradient reaches the teacher's logits ``[B, K]``. T^2 keeps the gradient's size
     (Hinton et al., 2015).
     """
-    goal = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
-    mine = jax.nn.log_softmax(logits / temperature)
-    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(goal) * (goal - mine), axis=-1))
+    target = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
+    log_probs = jax.nn.log_softmax(logits / temperature)
+    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(target) * (target - log_probs), axis=-1))

@@ -111,7 +111,7 @@ def make_optimizer(
     return optax.chain(*parts, limit_step_sizes())
 
 
-def apply_selected(
+def apply_masked(
     tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, masks: Any
 ) -> tuple[Any, Any]:
     """One update that leaves unselected entries, of params and of optimiser state, bit for bit.
@@ -121,7 +121,7 @@ def apply_selected(
     the learning rate.
 
     Args:
-      masks: bool arrays that broadcast to the leaves of params (`stages.selected`).
+      masks: bool arrays that broadcast to the leaves of params (`stages.update_mask`).
 
     Returns:
       (params, opt_state).

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bitmixer_jax.bits import BitSpace, sample_mixed
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.layers import Quantization
+from bitmixer_jax.layers import QuantConfig
 from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import pairs_used
+from bitmixer_jax.policy import BitSpace, sample_mixed
 
 Variables = Mapping[str, Any]
 
@@ -93,8 +93,8 @@ class Stage:
                 'set policies = "sum" or "sandwich"'
             )
 
-    def quantization(self, base: Quantization) -> Quantization:
-        """The Quantization of this stage, from that of the network."""
+    def quant_config(self, base: QuantConfig) -> QuantConfig:
+        """The QuantConfig of this stage, from that of the network."""
         return dataclasses.replace(
             base,
             activations=self.quantize != "nothing",
@@ -135,11 +135,11 @@ class Stage:
             widest = self.policies != "draw" and i == 0
             narrowest = self.policies == "sandwich" and i == len(starts) - 1
             departs = 0.0 if widest or narrowest else rho
-            rows.append(sample_mixed(keys[i], space, num_layers, departs, groups, network=width))
+            rows.append(sample_mixed(keys[i], space, num_layers, departs, groups, base_width=width))
         return jnp.stack(rows)
 
 
-def selected(model: Network, params: Variables, policies: jax.Array) -> Any:
+def update_mask(model: Network, params: Variables, policies: jax.Array) -> Any:
     """Which entries of ``params`` the policies select: bool arrays that broadcast to each leaf.
 
     Steps of widths and TBN slices of pairs that no policy uses must not move: momentum and weight
@@ -161,13 +161,13 @@ def selected(model: Network, params: Variables, policies: jax.Array) -> Any:
     return masks
 
 
-def start_from(source: Variables, target: Variables) -> dict[str, Any]:
+def transfer_variables(source: Variables, target: Variables) -> dict[str, Any]:
     """Variables of ``target``'s network with every value that ``source`` has for them.
 
     Kernels and the head are copied. BN tables change form where the networks differ in it: a plain
     BN ``[1, 1, C]`` or one per width ``[1, n, C]`` is spread over the pairs, and a transitional one
     ``[n, n, C]`` gives its [c, c] slices to one per width. What the source lacks (step sizes of a
-    float twin) stays the target's. Spread pairs count as not visited.
+    float twin) stays the target's. ParallelStep pairs count as not visited.
 
     Raises:
       UserError: any other shape differs, so the networks are not the same.

@@ -14,11 +14,11 @@ import optax
 from jax import lax
 
 from bitmixer_jax.data import augment, normalize
-from bitmixer_jax.devices import AXIS, mine, places
+from bitmixer_jax.devices import AXIS, local_batch_indices, local_devices
 from bitmixer_jax.models import Network
 from bitmixer_jax.training.losses import cross_entropy, distillation
-from bitmixer_jax.training.optimizer import apply_selected
-from bitmixer_jax.training.stages import Stage, selected
+from bitmixer_jax.training.optimizer import apply_masked
+from bitmixer_jax.training.stages import Stage, update_mask
 
 
 @flax.struct.dataclass
@@ -87,14 +87,14 @@ def make_train_step(
     ``data`` is ``{"image": uint8 [N, H, W, C], "label": int32 [N]}``, resident on the device;
     ``rows`` int32 ``[B / devices]`` says which examples this device takes: None where data are
     those examples, streamed, with crops and mirroring done. Widths are drawn from a
-    key that is the same on all devices, so all walk through the same pairs. Augmentation draws for
+    key that is the same on all devices, so all use the same pairs. Augmentation draws for
     the global batch, so the result does not depend on the number of devices.
 
     Metrics (float32 scalars, averaged over devices and policies): loss (nats), accuracy (0..1),
     grad_norm and rho.
     """
     quant = dataclasses.replace(
-        stage.quantization(model.quant), axis_name=AXIS if settings.sync_bn else None
+        stage.quant_config(model.quant), axis_name=AXIS if settings.sync_bn else None
     )
     network = model.clone(quant=quant)
 
@@ -104,7 +104,7 @@ def make_train_step(
         return stage.draw(key, quant.space, model.num_layers, progress, settings.groups)
 
     def loss_function(
-        params: Any, stats: Any, images: Any, labels: Any, policies: Any, goal: Any
+        params: Any, stats: Any, images: Any, labels: Any, policies: Any, teacher_logits: Any
     ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         losses, hits = [], []
         for m in range(policies.shape[0]):
@@ -119,9 +119,11 @@ def make_train_step(
             loss = cross_entropy(logits, labels, settings.label_smoothing)
             if stage.distill == "teacher" or (stage.distill == "widest" and m > 0):
                 share = stage.distill_weight
-                loss = (1 - share) * loss + share * distillation(logits, goal, stage.temperature)
+                loss = (1 - share) * loss + share * distillation(
+                    logits, teacher_logits, stage.temperature
+                )
             elif stage.distill == "widest":
-                goal = logits
+                teacher_logits = logits
             losses.append(loss)
             hits.append(jnp.mean(jnp.argmax(logits, -1) == labels))
         # The mean, not the sum: the learning rate means the same for any number of policies.
@@ -147,17 +149,17 @@ def make_train_step(
                 total=settings.batch_size,
             )
         images = normalize(images, jnp.asarray(settings.mean), jnp.asarray(settings.std))
-        goal = None
+        teacher_logits = None
         if teacher is not None:
-            goal = teacher.apply(teacher_variables, images, train=False)
+            teacher_logits = teacher.apply(teacher_variables, images, train=False)
         (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_function, has_aux=True)(
-            state.params, state.batch_stats, images, labels, policies, goal
+            state.params, state.batch_stats, images, labels, policies, teacher_logits
         )
         loss, accuracy, grads = lax.pmean((loss, accuracy, grads), AXIS)
         # Visit counts are integers, and equal on all devices.
         stats = jax.tree.map(lambda s: lax.pmean(s, AXIS) if s.dtype == jnp.float32 else s, stats)
-        params, opt_state = apply_selected(
-            tx, grads, state.opt_state, state.params, selected(model, state.params, policies)
+        params, opt_state = apply_masked(
+            tx, grads, state.opt_state, state.params, update_mask(model, state.params, policies)
         )
         ema = state.ema
         if ema is not None:
@@ -173,7 +175,7 @@ def make_train_step(
     return step
 
 
-class Spread:
+class ParallelStep:
     """A step spread over devices: the one place that knows about pmap.
 
     Call it with (state, data, rows ``[K, B]`` int32, teacher_variables): it takes K steps and
@@ -245,5 +247,5 @@ class Spread:
         number, batch = rows.shape
         padded = np.zeros((self.most, batch), np.int32)
         padded[:number] = rows
-        own = padded[:, places(self._devices, batch)]
-        return own.reshape(self.most, len(mine(self._devices)), -1).swapaxes(0, 1)
+        own = padded[:, local_batch_indices(self._devices, batch)]
+        return own.reshape(self.most, len(local_devices(self._devices)), -1).swapaxes(0, 1)

@@ -12,7 +12,7 @@ Hardware and time, an ESTIMATE from figures of others: one A100 and 5 CPU cores,
 (docs/imagenet.md has the arithmetic).
 """
 
-from bitmixer_jax.training import default_config, float_config
+from bitmixer_jax.training import baseline_config, default_config
 
 
 def get_config(variant=""):
@@ -31,6 +31,6 @@ def get_config(variant=""):
     config.checkpoint_seconds = 600.0
     config.log_every = 100
     if variant == "float":
-        return float_config(config, epochs=90.0)
+        return baseline_config(config, epochs=90.0)
     config.model.compute_dtype = "bfloat16"  # exact for codes
     return config

@@ -11,7 +11,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.onnx_graph import policy_model, save_onnx, switchable_model
 from bitmixer_jax.export.onnx_runner import OnnxRunner
 from bitmixer_jax.export.onnx_seal import add_seal, seal
-from tests.export.networks import deployed
+from tests.export.networks import integer_model
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -23,7 +23,7 @@ IMAGES = np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uin
 def path(tmp_path_factory):
     """A switchable file."""
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
-    save_onnx(path, switchable_model(deployed("resnet8")))
+    save_onnx(path, switchable_model(integer_model("resnet8")))
     return path
 
 
@@ -57,7 +57,7 @@ def test_no_byte_changes_unnoticed(path, tmp_path):
 
 
 def test_the_same_network_gives_the_same_bytes(path, tmp_path):
-    save_onnx(tmp_path / "again.onnx", switchable_model(deployed("resnet8")))
+    save_onnx(tmp_path / "again.onnx", switchable_model(integer_model("resnet8")))
     assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
 
 
@@ -72,7 +72,7 @@ def test_a_model_that_was_changed_after_its_export_is_refused(path, tmp_path):
 
 @pytest.mark.parametrize("policy", [None, [4, 3, 2, 2, 3, 4]], ids=["switchable", "one policy"])
 def test_files_from_before_checksums_open_with_a_word(policy, tmp_path, caplog):
-    network = deployed("resnet8")
+    network = integer_model("resnet8")
     model = switchable_model(network) if policy is None else policy_model(network, policy)
     save_onnx(tmp_path / "new.onnx", model)
     (tmp_path / "old.onnx").write_bytes(old(onnx.load(tmp_path / "new.onnx")))

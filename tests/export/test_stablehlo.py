@@ -14,9 +14,9 @@ import pytest
 from bitmixer_jax.data import normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export import stablehlo
-from bitmixer_jax.export.integer import run_integer
+from bitmixer_jax.export.integer_engine import run_integer
 from bitmixer_jax.export.stablehlo import StablehloRunner, export_stablehlo
-from tests.export.networks import deployed, network, policies
+from tests.export.networks import integer_model, network, policies
 
 pytest.importorskip("flatbuffers")
 
@@ -29,12 +29,12 @@ def pixels(kind, number):
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("hlo") / "net.stablehlo"
-    export_stablehlo(deployed("resnet8"), path)
+    export_stablehlo(integer_model("resnet8"), path)
     return path
 
 
 def test_any_batch_and_any_policy(path):
-    runner, found = StablehloRunner(path), deployed("resnet8")
+    runner, found = StablehloRunner(path), integer_model("resnet8")
     run = jax.jit(lambda x, p: run_integer(found, normalize(x, found.mean, found.std), p))
     for number in (1, 5):
         images = pixels("resnet8", number)
@@ -81,7 +81,7 @@ def test_bad_files_are_one_line(path, tmp_path):
         with pytest.raises(UserError, match="not a StableHLO export"):
             StablehloRunner(tmp_path / "bad")
     with pytest.raises(UserError, match="already exists"):
-        export_stablehlo(deployed("double"), path)
+        export_stablehlo(integer_model("double"), path)
 
 
 def repacked(path, change, **how):

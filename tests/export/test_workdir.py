@@ -71,7 +71,7 @@ def test_a_cut_file_has_the_size_that_was_printed(packed, tmp_path):
 
 
 def test_float16_tables_are_smaller(trained, packed, tmp_path):
-    settings = Settings(format="packed", tables="float16", **QUICK)
+    settings = Settings(format="packed", norm_dtype="float16", **QUICK)
     export_workdir(str(trained), tmp_path / "small", settings)
     assert (tmp_path / "small").stat().st_size < packed[0].stat().st_size
 
@@ -104,11 +104,11 @@ def test_what_is_there_is_kept_unless_told(trained, tmp_path):
         (dict(format="tflite"), "unknown"),
         (dict(format="onyx"), "did you mean onnx"),
         (dict(format="packed", policy="3"), "--policy 3: of --format onnx alone"),
-        (dict(format="onnx", carrier="int4"), "give --policy"),
+        (dict(format="onnx", storage_dtype="int4"), "give --policy"),
         (dict(format="onnx", fast=True), "--fast.*give --policy"),
         (dict(format="packed", fast=True), "--fast.*of one policy alone"),
-        (dict(format="onnx", policy="3", fast=True, carrier="int4"), "only int8 is fast"),
-        (dict(format="onnx", tables="float16"), "of --format packed alone"),
+        (dict(format="onnx", policy="3", fast=True, storage_dtype="int4"), "only int8 is fast"),
+        (dict(format="onnx", norm_dtype="float16"), "of --format packed alone"),
         (dict(format="onnx", changes=("a=2",)), "--set changes a policy"),
         (dict(format="packed", images=0), "--images 0"),
     ],
@@ -145,7 +145,7 @@ def test_predict_names_classes(packed, photos, trained):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, dict(policy="3"), dict(policy="3", changes=("stage1.*=2",), carrier="int2")],
+    [{}, dict(policy="3"), dict(policy="3", changes=("stage1.*=2",), storage_dtype="int2")],
     ids=["switchable", "one policy", "int2"],
 )
 def test_onnx_exports_are_verified_and_predict(settings, trained, photos, tmp_path):

@@ -12,10 +12,10 @@ from bitmixer_jax.evaluation import Scores
 from bitmixer_jax.front import pareto
 from bitmixer_jax.search import (
     METHODS,
+    Constraint,
     Evolution,
     Greedy,
     IntegerProgram,
-    Limit,
     Problem,
     Random,
     search,
@@ -80,10 +80,13 @@ class Entangled(Additive):
         return super().losses(policies) + between
 
 
-def problem_of(limits=(), groups=ALONE, axis="bitops", of=COSTS):
-    found = tuple(Limit(cost=of[name], most=most) for name, most in limits)
+def problem_of(constraints=(), groups=ALONE, objective="bitops", of=COSTS):
+    found = tuple(Constraint(cost=of[name], upper_bound=most) for name, most in constraints)
     return Problem(
-        space=SPACE, groups=groups, axis=found[0].cost if found else of[axis], limits=found
+        space=SPACE,
+        groups=groups,
+        objective=found[0].cost if found else of[objective],
+        constraints=found,
     )
 
 
@@ -158,7 +161,7 @@ def test_steps_beyond_a_solution_change_no_more_layers_than_allowed():
     problem = problem_of([("avg_bits", 9)])
     table = np.tile([0.0, 1.0, 2.0], (6, 1))
     for changes in range(7):
-        genes = problem.minimise(table, np.full(6, 2), changes)
+        genes = problem.solve_ilp(table, np.full(6, 2), changes)
         assert sorted(genes.tolist()) == [0] * changes + [2] * (6 - changes)
 
 
@@ -209,8 +212,8 @@ def test_greedy_is_the_greedy_descent_written_by_hand(most):
     cost = Cost(
         name="bytes", unit="bytes", choices=CHOICES, table=np.outer(weights, [2.0, 3.0, 4.0])
     )
-    limits = (Limit(cost=cost, most=most),)
-    problem = Problem(space=SPACE, groups=(0, 1, 2), axis=cost, limits=limits)
+    limits = (Constraint(cost=cost, upper_bound=most),)
+    problem = Problem(space=SPACE, groups=(0, 1, 2), objective=cost, constraints=limits)
     score = Additive(table=table)
     search(problem, Greedy(), score)
     assert score.proposed.tolist() == plain_greedy(table.tolist(), weights, most)
@@ -330,7 +333,7 @@ def test_a_front_holds_what_no_other_evaluated_policy_beats(name, groups, kind):
 @pytest.mark.parametrize("axis", ["bitops", "avg_bits", "bytes"])
 def test_a_front_reaches_both_ends_of_the_range(name, axis):
     falling = np.asarray([[0.9, 0.2, 0.0]] * 6) * np.arange(1, 7)[:, None]
-    problem = problem_of(axis=axis)
+    problem = problem_of(objective=axis)
     found = search(problem, method(name, problem), Additive(table=falling))
     points = check_front(found, COSTS[axis])
     assert points[0].widths == (2,) * 6
@@ -420,7 +423,7 @@ def test_a_latency_that_does_not_fall_with_the_width_stops_no_method(name, case)
 def test_the_front_over_a_latency_that_does_not_fall_with_the_width(name):
     for seed in range(3):
         of = noisy(seed)
-        problem = problem_of(axis="latency_ms", of=of)
+        problem = problem_of(objective="latency_ms", of=of)
         found = search(problem, method(name, problem), Entangled())
         check_front(found, of["latency_ms"])
 
@@ -439,8 +442,8 @@ def test_scores_that_are_all_equal_stop_no_method(name):
 @pytest.mark.parametrize("limit", [None, 4, 9])
 def test_one_layer_of_one_choice_has_one_policy(name, limit):
     cost = Cost(name="avg_bits", unit="bits", choices=(4,), table=np.asarray([[4.0]]))
-    limits = () if limit is None else (Limit(cost=cost, most=limit),)
-    problem = Problem(space=bm.BitSpace((4,)), groups=(0,), axis=cost, limits=limits)
+    limits = () if limit is None else (Constraint(cost=cost, upper_bound=limit),)
+    problem = Problem(space=bm.BitSpace((4,)), groups=(0,), objective=cost, constraints=limits)
     found = search(problem, METHODS[name](), lambda p: Scores(np.ones(len(p)), np.ones(len(p))))
     assert found.policies.tolist() == [[4]]
     assert found.front()[0].cost == found.best().cost == 4
@@ -451,7 +454,10 @@ def test_widths_far_apart_are_searched_as_well(name):
     model = bm.create_model("resnet8", num_classes=10, width=3, space=bm.BitSpace((2, 8)))
     cost = costs(model)["avg_bits"]
     problem = Problem(
-        space=model.space, groups=ALONE, axis=cost, limits=(Limit(cost=cost, most=5.5),)
+        space=model.space,
+        groups=ALONE,
+        objective=cost,
+        constraints=(Constraint(cost=cost, upper_bound=5.5),),
     )
     found = search(problem, METHODS[name](), lambda p: Scores(p.mean(1), 1 / p.mean(1)))
     assert found.best().cost == 5.0

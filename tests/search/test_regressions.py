@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import bitmixer_jax as bm
-from bitmixer_jax.bits import load_policy, parse_changes, parse_policy
 from bitmixer_jax.cost import Cost, costs, load_latency
 from bitmixer_jax.evaluation import Scores
 from bitmixer_jax.front import Front, Point, load_front
+from bitmixer_jax.policy import load_policy, parse_changes, parse_policy
 from bitmixer_jax.search import (
     METHODS,
-    Limit,
+    Constraint,
+    EvaluationCache,
     Problem,
-    ScoreBook,
     plots,
     search,
 )
@@ -41,9 +41,9 @@ def test_a_limit_just_below_the_best_policy_is_still_solved():
         table = np.ones((layers, 3))
         table[np.arange(layers), genes] = 0
         most = float(count(np.asarray(CHOICES)[genes])) - 1
-        limits = (Limit(cost=count, most=most),)
-        problem = Problem(space=SPACE, groups=model.groups(), axis=count, limits=limits)
-        found = problem.minimise(table)
+        limits = (Constraint(cost=count, upper_bound=most),)
+        problem = Problem(space=SPACE, groups=model.groups(), objective=count, constraints=limits)
+        found = problem.solve_ilp(table)
         assert problem.fits(found)
         assert table[np.arange(layers), found].sum() == 1
 
@@ -53,7 +53,7 @@ def test_fronts_of_blocks_over_a_latency_that_does_not_fall_with_the_width(name)
     for seed in range(3):
         table = np.random.default_rng(seed).uniform(0.5, 2, (6, 3))
         cost = Cost(name="latency_ms", unit="ms", choices=CHOICES, table=table)
-        problem = Problem(space=SPACE, groups=(0, 0, 1, 1, 2, 2), axis=cost)
+        problem = Problem(space=SPACE, groups=(0, 0, 1, 1, 2, 2), objective=cost)
         found = search(problem, METHODS[name](), lambda p: Scores(p.mean(1), 1 / p.mean(1)))
         assert len(found.front()) >= 1 + (name != "greedy")
 
@@ -64,9 +64,9 @@ def test_a_limit_of_nothing_at_all_can_be_met():
     free[0] = [1, 1, 0]
     latency = Cost(name="latency_ms", unit="ms", choices=CHOICES, table=free)
     bits = Cost(name="avg_bits", unit="bits", choices=CHOICES, table=np.tile(CHOICES, (6, 1)))
-    limits = (Limit(cost=bits, most=20), Limit(cost=latency, most=0))
-    problem = Problem(space=SPACE, groups=tuple(range(6)), axis=bits, limits=limits)
-    assert problem.minimise(np.zeros((6, 3))).tolist() == [2, 1, 1, 1, 1, 1]
+    limits = (Constraint(cost=bits, upper_bound=20), Constraint(cost=latency, upper_bound=0))
+    problem = Problem(space=SPACE, groups=tuple(range(6)), objective=bits, constraints=limits)
+    assert problem.solve_ilp(np.zeros((6, 3))).tolist() == [2, 1, 1, 1, 1, 1]
 
 
 # files
@@ -87,7 +87,7 @@ def front_file(tmp_path):
         choices=CHOICES,
         cost="bytes",
         unit="bytes",
-        network="0",
+        weights_digest="0",
         notes={"points": [], "about": 1},
     ).save(path)
     return path
@@ -144,7 +144,7 @@ def test_scores_of_another_network_are_said_to_be(tmp_path):
     path = tmp_path / "scores.jsonl"
     path.write_text(HEADER)
     with pytest.raises(bm.UserError, match="another network or of other images"):
-        ScoreBook(measure, path, {"network": "1"})
+        EvaluationCache(measure, path, {"network": "1"})
 
 
 @pytest.mark.parametrize(
@@ -161,22 +161,22 @@ def test_lines_with_anything_in_them_are_refused(tmp_path, line):
     path = tmp_path / "scores.jsonl"
     path.write_bytes(HEADER.encode() + line + b"\n")
     with pytest.raises(bm.UserError, match="damaged; remove it"):
-        ScoreBook(measure, path, ABOUT)
+        EvaluationCache(measure, path, ABOUT)
 
 
 def test_every_cut_of_the_header_is_mended(tmp_path):
     path = tmp_path / "scores.jsonl"
     for cut in range(len(HEADER)):
         path.write_text(HEADER[:cut])
-        ScoreBook(measure, path, ABOUT)(np.asarray([[2, 2]], np.int32))
+        EvaluationCache(measure, path, ABOUT)(np.asarray([[2, 2]], np.int32))
         assert path.read_text().startswith(HEADER)
         assert len(path.read_text().splitlines()) == 2
-        ScoreBook(measure, path, ABOUT)
+        EvaluationCache(measure, path, ABOUT)
 
 
 def test_scores_that_cannot_be_noted_are_one_line(tmp_path):
     path = tmp_path / "scores.jsonl"
-    book = ScoreBook(measure, path, ABOUT)
+    book = EvaluationCache(measure, path, ABOUT)
     path.mkdir()
     with pytest.raises(bm.UserError, match="cannot write there"):
         book(np.asarray([[2, 2]], np.int32))
@@ -241,7 +241,9 @@ def test_plots_that_are_there_are_refused_before_any_work(trained, tmp_path, mon
 def test_a_point_with_no_right_answer_is_in_the_plot(tmp_path, monkeypatch):
     drawn = []
     points = (Point(widths=(2, 2), cost=1.0, loss=2.0, top1=0.0, test_top1=0.0),)
-    front = Front(points=points, names=NAMES, choices=CHOICES, cost="c", unit="u", network="0")
+    front = Front(
+        points=points, names=NAMES, choices=CHOICES, cost="c", unit="u", weights_digest="0"
+    )
     real = plots.new_figure
 
     def new_figure(*size):

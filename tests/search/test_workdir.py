@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from bitmixer_jax import data
-from bitmixer_jax.bits import load_policy
 from bitmixer_jax.cost import activation_peak, costs
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator
 from bitmixer_jax.front import load_front
+from bitmixer_jax.policy import load_policy
 from bitmixer_jax.search import METHODS, IntegerProgram, Problem
 from bitmixer_jax.search import workdir as workdirs
 from bitmixer_jax.search.workdir import Settings, Trained, front_workdir, left_out, search_workdir
@@ -97,7 +97,7 @@ def test_the_policy_file_says_how_it_was_found(workdir, model, tmp_path):
     content = json.loads(out.read_text())
     policy = load_policy(out, model.names, model.space)
     _, network, variables = load_trained(workdir)
-    assert content["network"] == digest(variables)
+    assert content["weights_digest"] == digest(variables)
     assert content["budget"] == {"avg_bits": 3.0}
     assert content["cost"] == {
         **{name: float(cost(policy)) for name, cost in costs(model).items()},
@@ -419,7 +419,9 @@ def test_an_unknown_cost_measures_nothing(workdir, tmp_path, monkeypatch, cost, 
 
 def test_a_search_needs_no_more_policies_than_it_says(workdir):
     trained = Trained(workdir, Settings(**SMALL))
-    problem = Problem(space=trained.model.space, groups=trained.groups, axis=trained.costs["bytes"])
+    problem = Problem(
+        space=trained.model.space, groups=trained.groups, objective=trained.costs["bytes"]
+    )
     for name in METHODS:
         settings = Settings(method=name, **SMALL)
         trained.settings = settings

@@ -15,8 +15,8 @@ import pytest
 
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training.checkpoints import Checkpoints
-from bitmixer_jax.training.claims import claim, differences, read_config
 from bitmixer_jax.training.step import TrainState
+from bitmixer_jax.training.workdir import create_or_check_workdir, differences, read_config
 
 
 def make_state(step, width=16, tx=None):
@@ -289,56 +289,56 @@ def test_differences_name_each_setting_with_both_values():
 
 
 def test_other_configuration_is_an_error_that_lists_the_differences(tmp_path):
-    claim(tmp_path, {"seed": 0, "model": {"width": 4}})
+    create_or_check_workdir(tmp_path, {"seed": 0, "model": {"width": 4}})
     with pytest.raises(UserError, match=r"config\.json: .*config\.model\.width: 4 -> 8") as caught:
-        claim(tmp_path, {"seed": 1, "model": {"width": 8}})
+        create_or_check_workdir(tmp_path, {"seed": 1, "model": {"width": 8}})
     assert "config.seed: 0 -> 1" in str(caught.value)
 
 
 def test_a_free_setting_within_others_leaves_those_fixed(tmp_path):
     free = ("stream.skip",)
-    claim(tmp_path, {"stream": {"skip": False, "size": 8}}, free=free)
-    claim(tmp_path, {"stream": {"skip": True, "size": 8}}, free=free)
+    create_or_check_workdir(tmp_path, {"stream": {"skip": False, "size": 8}}, free=free)
+    create_or_check_workdir(tmp_path, {"stream": {"skip": True, "size": 8}}, free=free)
     for changed in ({"skip": True, "size": 9}, {"skip": True, "size": 8, "skips": 1}):
         with pytest.raises(UserError, match=r"another configuration: config\.stream\.s"):
-            claim(tmp_path, {"stream": changed}, free=free)
+            create_or_check_workdir(tmp_path, {"stream": changed}, free=free)
 
 
 def test_free_settings_may_change(tmp_path):
-    claim(tmp_path, {"seed": 0, "log_every": 1})
-    claim(tmp_path, {"seed": 0, "log_every": 2}, free=("log_every",))
+    create_or_check_workdir(tmp_path, {"seed": 0, "log_every": 1})
+    create_or_check_workdir(tmp_path, {"seed": 0, "log_every": 2}, free=("log_every",))
     assert read_config(tmp_path) == {"seed": 0, "log_every": 2}
 
 
 def test_checkpoints_without_a_configuration_are_not_taken_over(saved):
     with pytest.raises(UserError, match=r"has checkpoints but no config\.json"):
-        claim(saved, {})
+        create_or_check_workdir(saved, {})
 
 
 def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
-    claim(tmp_path, {"seed": 1, "optimizer": {"name": "sgd"}})
+    create_or_check_workdir(tmp_path, {"seed": 1, "optimizer": {"name": "sgd"}})
     now = {"seed": 1, "optimizer": {"name": "sgd", "nesterov": False}, "workers": 2}
     defaults = {"seed": 0, "optimizer": {"name": "adam", "nesterov": False}, "workers": 2}
     with pytest.raises(UserError, match="absent -> 2"):
-        claim(tmp_path, now)
+        create_or_check_workdir(tmp_path, now)
     with pytest.raises(UserError, match=r"config\.workers: 2 -> 3"):
-        claim(tmp_path, {**now, "workers": 3}, defaults=defaults)
-    claim(tmp_path, now, defaults=defaults)
+        create_or_check_workdir(tmp_path, {**now, "workers": 3}, defaults=defaults)
+    create_or_check_workdir(tmp_path, now, defaults=defaults)
     assert read_config(tmp_path) == now
-    claim(tmp_path, {"seed": 1, "optimizer": {"name": "sgd"}}, defaults=defaults)
+    create_or_check_workdir(tmp_path, {"seed": 1, "optimizer": {"name": "sgd"}}, defaults=defaults)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
 def test_damaged_configuration_names_the_file(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json: "):
-        claim(tmp_path, {})
+        create_or_check_workdir(tmp_path, {})
 
 
 def test_workdir_below_a_file_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/run: cannot write there"):
-        claim(tmp_path / "file" / "run", {})
+        create_or_check_workdir(tmp_path / "file" / "run", {})
 
 
 def test_file_in_place_of_the_checkpoints_is_an_error(tmp_path):

@@ -57,7 +57,7 @@ def test_there_are_configurations():
 def test_every_configuration_builds(file, variant):
     run = read(load_config(f"{file}:{variant}", []))
     assert isinstance(run, Run)
-    assert run.is_float == (variant == "float")
+    assert run.is_baseline == (variant == "float")
     assert run.build(10, (32, 32, 3)).num_layers > 0
 
 
@@ -134,7 +134,7 @@ def test_unknown_name_names_the_nearest(path, value, hint):
         ("model.momentum", "x"),
         ("model.momentum", 2.0),
         ("model.norm", "batch"),
-        ("model.ends", "int4"),
+        ("model.first_last_layers", "int4"),
         ("model.num_classes", 3),
         ("seed", -1),
         ("seed", 1.5),

@@ -15,7 +15,7 @@ from bitmixer_jax.files import hold
 from bitmixer_jax.runs import evaluate_workdir
 from bitmixer_jax.training import load_trained, train
 from bitmixer_jax.training.checkpoints import Checkpoints
-from bitmixer_jax.training.claims import LOCK_FILE
+from bitmixer_jax.training.workdir import LOCK_FILE
 
 CONFIG = pathlib.Path(__file__).parents[1] / "tiny_config.py"
 
@@ -43,7 +43,7 @@ def test_data_of_other_classes_are_not_evaluated(trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     config = json.loads((workdir / "config.json").read_text())
-    names = config["made_for"]["classes"]
+    names = config["dataset_info"]["classes"]
     names[2], names[3] = names[3], names[2]
     (workdir / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="class 2 is 2, in the network 3"):
@@ -59,7 +59,7 @@ def test_a_damaged_entry_about_the_data_is_one_line(trained, tmp_path, key, valu
     workdir = tmp_path / "run"
     workdir.mkdir()
     config = json.loads((trained / "config.json").read_text())
-    config["made_for"][key] = value
+    config["dataset_info"][key] = value
     (workdir / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config\.json") as error:
         load_trained(workdir)

@@ -13,7 +13,7 @@ import time
 import jax
 import pytest
 
-from bitmixer_jax.devices import mine, places
+from bitmixer_jax.devices import local_batch_indices, local_devices
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training import hosts, load_trained
 from bitmixer_jax.training.checkpoints import digest
@@ -228,7 +228,8 @@ def test_the_environment_tells_who_the_others_are(launcher):
 
     code = (
         "from bitmixer_jax.training import hosts; hosts.connect(); import jax; "
-        "print(jax.process_index(), jax.process_count(), *hosts.agree(10.0 + jax.process_index()))"
+        "print(jax.process_index(), jax.process_count(), "
+        "*hosts.all_reduce_max(10.0 + jax.process_index()))"
     )
     processes = [
         subprocess.Popen(
@@ -250,10 +251,10 @@ def test_the_environment_tells_who_the_others_are(launcher):
 def test_one_process_needs_nobody():
     hosts.connect(processes=1)
     assert jax.process_count() == 1
-    assert hosts.first()
-    assert hosts.agree(3, 0) == (3, 0)
-    assert mine(jax.devices()) == jax.devices()
-    assert places(jax.devices(), 4).tolist() == [0, 1, 2, 3]
-    assert hosts.leave(RuntimeError("Gloo all-reduce failed")) is None
+    assert hosts.is_primary()
+    assert hosts.all_reduce_max(3, 0) == (3, 0)
+    assert local_devices(jax.devices()) == jax.devices()
+    assert local_batch_indices(jax.devices(), 4).tolist() == [0, 1, 2, 3]
+    assert hosts.as_aborted(RuntimeError("Gloo all-reduce failed")) is None
     with pytest.raises(UserError, match="no"):
-        hosts.by_the_first(lambda: (_ for _ in ()).throw(UserError("no")), lambda: None)
+        hosts.on_primary(lambda: (_ for _ in ()).throw(UserError("no")), lambda: None)

@@ -8,7 +8,7 @@ from bitmixer_jax.evaluation import Evaluator
 from bitmixer_jax.runs import train_and_report
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.metrics import read_metrics
-from bitmixer_jax.training.plan import make_plan
+from bitmixer_jax.training.schedule import make_schedule
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,11 @@ def test_layers_of_a_block_never_met_at_different_widths(unusual):
 def test_evaluation_uses_the_moving_average(unusual):
     run, model, variables = load_trained(unusual)
     from bitmixer_jax.training.checkpoints import Checkpoints
-    from bitmixer_jax.training.claims import read_config
+    from bitmixer_jax.training.workdir import read_config
 
-    examples = read_config(unusual)["made_for"]["examples"]
-    plan = make_plan(run, model, examples)
-    state = Checkpoints(unusual, read_only=True).restore(plan.abstract_state())
+    examples = read_config(unusual)["dataset_info"]["examples"]
+    schedule = make_schedule(run, model, examples)
+    state = Checkpoints(unusual, read_only=True).restore(schedule.abstract_state())
     averaged, last = jax.tree.leaves(variables["params"]), jax.tree.leaves(state.params)
     for a, b in zip(averaged, jax.tree.leaves(state.ema), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -83,8 +83,10 @@ def test_every_example_is_drawn_over_the_epochs_and_none_twice_in_one(tiny):
     from bitmixer_jax.training.config import read
 
     run = read(tiny())
-    plan = make_plan(run, run.build(10, (8, 8, 1)), 150)  # two batches of 64, 22 images over
-    epochs = [np.concatenate([plan.rows(2 * e), plan.rows(2 * e + 1)]) for e in range(30)]
+    schedule = make_schedule(
+        run, run.build(10, (8, 8, 1)), 150
+    )  # two batches of 64, 22 images over
+    epochs = [np.concatenate([schedule.rows(2 * e), schedule.rows(2 * e + 1)]) for e in range(30)]
     assert all(len(set(rows.tolist())) == 128 for rows in epochs)
     assert set(np.concatenate(epochs).tolist()) == set(range(150))
-    np.testing.assert_array_equal(epochs[0][:64], plan.rows(0))
+    np.testing.assert_array_equal(epochs[0][:64], schedule.rows(0))

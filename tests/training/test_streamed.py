@@ -140,7 +140,7 @@ def test_unreadable_images_are_counted_or_fatal(pictures, tmp_path):
     train_and_report(skip, tmp_path / "run")
     last = read_metrics(tmp_path / "run", "train")[-1]
     assert last["unreadable_images"] == 1
-    found = evaluate_workdir(str(tmp_path / "run"), recalibrate_unvisited=True)
+    found = evaluate_workdir(str(tmp_path / "run"), recalibrate_missing=True)
     assert found["examples"] == 8
 
 
@@ -175,7 +175,7 @@ def test_images_are_read_once_for_all_policies(streamed, monkeypatch):
 
 
 def test_what_comes_after_training_takes_a_subset(streamed):
-    found = evaluate_workdir(str(streamed), recalibrate_unvisited=True, count_levels=True)
+    found = evaluate_workdir(str(streamed), recalibrate_missing=True, count_levels=True)
     assert found["examples"] == 9
     assert {row.bits for row in found["levels"]} == {2, 3, 4}
     trained = Trained(str(streamed), Settings(images=10))

@@ -12,7 +12,7 @@ import bitmixer_jax as bm
 from bitmixer_jax import data
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training.config import read
-from bitmixer_jax.training.plan import initial_state, make_plan
+from bitmixer_jax.training.schedule import initial_state, make_schedule
 from bitmixer_jax.training.torchvision import load_torchvision
 
 torch = pytest.importorskip("torch")
@@ -103,7 +103,7 @@ def test_the_float_twin_gives_the_logits_of_the_torch_network(name, sizes, bottl
     x = np.random.default_rng(0).normal(size=(2, 40, 40, 3)).astype(np.float32)
     with torch.no_grad():
         wanted = network(torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
-    twin = model.float_twin()
+    twin = model.baseline()
     for path in (tmp_path / "net.pth", saved(network, tmp_path / "net.safetensors")):
         variables = load_torchvision(path, model)
         found = jax.jit(lambda v: twin.apply(v, x, bits=None, train=False))(variables)
@@ -114,7 +114,7 @@ def test_the_variables_are_those_of_the_twin_and_no_more(tmp_path):
     model = ours("resnet18")
     found = load_torchvision(saved(torch_network(), tmp_path / "net.safetensors"), model)
     wanted = jax.eval_shape(
-        lambda: model.float_twin().init(
+        lambda: model.baseline().init(
             jax.random.key(0), np.zeros((1, 40, 40, 3), np.float32), bits=None, train=False
         )
     )
@@ -130,7 +130,7 @@ def test_a_run_starts_from_a_file(variant, tiny, tmp_path):
     run = read(tiny(*settings, variant=variant))
     digits = data.load("digits", run.train_split)
     model = run.build(10, (8, 8, 1))
-    state = initial_state(make_plan(run, model, len(digits)), digits)
+    state = initial_state(make_schedule(run, model, len(digits)), digits)
     source = load_torchvision(path, model)
     for name in ("stem", "stage1.block1.conv1", "stage4.block2.conv2"):
         kernel = state.params[name]["conv"]["kernel"]
@@ -138,7 +138,7 @@ def test_a_run_starts_from_a_file(variant, tiny, tmp_path):
         norm = state.batch_stats[name]["conv_norm"]["mean"]
         wanted = source["batch_stats"][name]["conv_norm"]["mean"]
         np.testing.assert_array_equal(norm, np.broadcast_to(wanted, norm.shape))
-    assert run.is_float or (state.params["stage1.block1.conv1"]["conv"]["step"] > 0).all()
+    assert run.is_baseline or (state.params["stage1.block1.conv1"]["conv"]["step"] > 0).all()
 
 
 @pytest.mark.parametrize(

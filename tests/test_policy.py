@@ -167,7 +167,7 @@ def test_sample_mixed_in_between_leaves_each_layer_on_the_network_width_as_often
 
 def test_sample_mixed_departs_from_the_given_network_width_with_probability_rho():
     rho, count = 0.4, 6000
-    policies = draw(bm.sample_mixed, count // 3, SPACE, 3, rho, network=4)
+    policies = draw(bm.sample_mixed, count // 3, SPACE, 3, rho, base_width=4)
     share = rho / 3  # a layer that departs draws among three widths
     for width in (2, 3):
         tolerance = 5 * np.sqrt(share * (1 - share) / count)
@@ -175,7 +175,7 @@ def test_sample_mixed_departs_from_the_given_network_width_with_probability_rho(
 
 
 def test_sample_mixed_lets_the_layers_of_a_group_depart_together():
-    policies = draw(bm.sample_mixed, 500, SPACE, 4, 0.5, groups=(0, 0, 1, 1), network=4)
+    policies = draw(bm.sample_mixed, 500, SPACE, 4, 0.5, groups=(0, 0, 1, 1), base_width=4)
     assert (policies[:, 0] == policies[:, 1]).all()
     assert (policies[:, 2] == policies[:, 3]).all()
     assert (policies[:, 0] != policies[:, 2]).any()

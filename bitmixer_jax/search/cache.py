@@ -26,7 +26,7 @@ SCORES_FORMAT = "bitmixer-scores"
 _PART = 32  # policies measured between two writes: a kill loses no more
 
 
-class ScoreBook:
+class EvaluationCache:
     """Scores by policy, measured when they are not known yet.
 
     Attributes:

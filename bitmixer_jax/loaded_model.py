@@ -10,22 +10,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
+from bitmixer_jax import deprecated
 from bitmixer_jax.data import ImageReader
 from bitmixer_jax.data.image_files import reader_of_run
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import Deployed
-from bitmixer_jax.export.integer import run_integer
+from bitmixer_jax.export.integer_engine import run_integer
+from bitmixer_jax.export.integer_model import IntegerModel
 from bitmixer_jax.export.packed import load_packed
 from bitmixer_jax.files import user_path
 from bitmixer_jax.models import Network
+from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
-from bitmixer_jax.training.claims import parse_source
+from bitmixer_jax.training.workdir import parse_source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Runnable:
+class LoadedModel:
     """A network ready to be compiled.
 
     Attributes:
@@ -39,7 +40,7 @@ class Runnable:
       image_shape: ``(H, W, C)``.
       classes: ``[K]`` names.
       mean, std: ``[C]`` in units of 0..255.
-      network: digest of the trained weights, which fronts and exports carry.
+      weights_digest: of the trained weights, which fronts and exports carry.
       reader: reads image files as evaluation did.
     """
 
@@ -53,7 +54,7 @@ class Runnable:
     classes: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
-    network: str
+    weights_digest: str
     reader: ImageReader
 
     def unvisited(self, policy: np.ndarray) -> list[tuple[str, int, int]]:
@@ -64,14 +65,14 @@ class Runnable:
         index = np.searchsorted(self.space.choices, policy)
         found = []
         for layer, name in enumerate(self.names):
-            previous = index[self.before[layer]] if self.before[layer] >= 0 else 0
-            if not self.visited[layer, previous, index[layer]]:
+            predecessor = index[self.before[layer]] if self.before[layer] >= 0 else 0
+            if not self.visited[layer, predecessor, index[layer]]:
                 width = int(policy[self.before[layer]]) if self.before[layer] >= 0 else 0
                 found.append((name, width, int(policy[layer])))
         return found
 
 
-def of_model(
+def from_variables(
     model: Network,
     variables: Any,
     *,
@@ -79,13 +80,13 @@ def of_model(
     std: Any,
     classes: Sequence[str],
     reader: ImageReader | None = None,
-) -> Runnable:
+) -> LoadedModel:
     """A trained network, simulated: codes are whole numbers in floating point.
 
     Args:
       variables: "params" and "batch_stats".
       mean, std, classes: of the training data.
-      reader: see `Runnable`; None: files are read as sets in memory are.
+      reader: see `LoadedModel`; None: files are read as sets in memory are.
 
     Raises:
       UserError: a float twin.
@@ -98,48 +99,48 @@ def of_model(
         with jax.default_matmul_precision("highest"):
             return model.apply(weights, images, bits=bits, train=False)
 
-    return Runnable(
+    return LoadedModel(
         forward=forward,
         weights=own,
         space=model.space,  # refuses a float twin
         names=model.names,
-        before=tuple(layer.previous for layer in model.layers),
+        before=tuple(layer.predecessor for layer in model.layers),
         visited=_visited(counts, model.space.n),
         image_shape=model.image_shape,
         classes=tuple(classes),
         mean=np.asarray(mean, np.float32),
         std=np.asarray(std, np.float32),
-        network=digest(own),
+        weights_digest=digest(own),
         reader=reader or ImageReader(model.image_shape),
     )
 
 
-def of_deployed(deployed: Deployed) -> Runnable:
+def from_integer_model(network: IntegerModel) -> LoadedModel:
     """A network read from a packed file, run in integers."""
-    counts = [layer.kernels[0].count for layer in deployed.layers]
+    counts = [layer.kernels[0].count for layer in network.layers]
 
     def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
-        return run_integer(deployed, images, bits)
+        return run_integer(network, images, bits)
 
-    return Runnable(
+    return LoadedModel(
         forward=forward,
         weights=(),  # constants of the programme
-        space=deployed.space,
-        names=deployed.names,
-        before=tuple(layer.info.previous for layer in deployed.layers),
-        visited=_visited(counts, deployed.space.n),
-        image_shape=deployed.image_shape,
-        classes=deployed.classes,
-        mean=deployed.mean,
-        std=deployed.std,
-        network=deployed.network,
+        space=network.space,
+        names=network.names,
+        before=tuple(layer.info.predecessor for layer in network.layers),
+        visited=_visited(counts, network.space.n),
+        image_shape=network.image_shape,
+        classes=network.classes,
+        mean=network.mean,
+        std=network.std,
+        weights_digest=network.weights_digest,
         reader=ImageReader.from_json(
-            deployed.about.get("images"), deployed.image_shape, "packed file"
+            network.about.get("images"), network.image_shape, "packed file"
         ),
     )
 
 
-def load(source: str | pathlib.Path) -> Runnable:
+def load(source: str | pathlib.Path) -> LoadedModel:
     """Loads a workdir (WORKDIR or WORKDIR@STAGE) or a packed file.
 
     Raises:
@@ -148,7 +149,7 @@ def load(source: str | pathlib.Path) -> Runnable:
     source = user_path(source)
     try:
         if source.exists() and not source.is_dir():
-            return of_deployed(load_packed(source))
+            return from_integer_model(load_packed(source))
         folder, _ = parse_source(source)
         there = folder.exists()
     except OSError as error:  # a folder that may not be entered, a name that is too long
@@ -156,9 +157,9 @@ def load(source: str | pathlib.Path) -> Runnable:
     if not there:
         raise UserError(f"{source}: no such workdir or packed file")
     run, model, variables = load_trained(source)
-    about = run.data_info
+    about = run.dataset_info
     assert about is not None  # `load_trained` sets it
-    return of_model(
+    return from_variables(
         model,
         variables,
         mean=about["mean"],
@@ -171,3 +172,6 @@ def load(source: str | pathlib.Path) -> Runnable:
 def _visited(counts: Sequence[Any], n: int) -> np.ndarray:
     """Counts ``[P, n]`` of each layer, P n or 1, as bool ``[L, n, n]``."""
     return np.stack([np.broadcast_to(np.asarray(count) > 0, (n, n)) for count in counts])
+
+
+__getattr__ = deprecated.module_getattr(__name__)

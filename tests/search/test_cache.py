@@ -9,16 +9,16 @@ import bitmixer_jax as bm
 from bitmixer_jax.cost import costs
 from bitmixer_jax.evaluation import Scores
 from bitmixer_jax.search import (
+    Constraint,
+    EvaluationCache,
     Evolution,
     Greedy,
     IntegerProgram,
-    Limit,
     Problem,
     Random,
-    ScoreBook,
     search,
 )
-from bitmixer_jax.search.scores import file_name
+from bitmixer_jax.search.cache import file_name
 
 ABOUT = {"network": "0123abcd", "split": "train[256:]", "images": 64}
 MODEL = bm.create_model("resnet8", num_classes=10, width=3, image_shape=(8, 8, 1))
@@ -60,7 +60,7 @@ def path(tmp_path):
 @pytest.fixture
 def written(path):
     """The path of a book that knows A and B."""
-    ScoreBook(Measure(), path, ABOUT)(policies_of(A, B))
+    EvaluationCache(Measure(), path, ABOUT)(policies_of(A, B))
     return path
 
 
@@ -70,7 +70,7 @@ def written(path):
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_was_measured_is_not_measured_again(path, kept):
     measure = Measure()
-    book = ScoreBook(measure, path if kept else None, ABOUT)
+    book = EvaluationCache(measure, path if kept else None, ABOUT)
     wanted = scores(policies_of(A, B, C))
     book(policies_of(A, B))
     found = book(policies_of(A, B, C))
@@ -83,35 +83,35 @@ def test_what_was_measured_is_not_measured_again(path, kept):
 
 def test_a_policy_asked_for_twice_at_once_is_measured_once():
     measure = Measure()
-    found = ScoreBook(measure, None, ABOUT)(policies_of(C, A, C))
+    found = EvaluationCache(measure, None, ABOUT)(policies_of(C, A, C))
     assert measure.seen == [tuple(C), tuple(A)]
     assert found.loss.tolist() == scores(policies_of(C, A, C)).loss.tolist()
 
 
 def test_another_book_of_the_same_file_knows_it_bit_for_bit(written):
     measure = Measure()
-    book = ScoreBook(measure, written, ABOUT)
+    book = EvaluationCache(measure, written, ABOUT)
     found = book(policies_of(B, C, A))
     assert measure.seen == [tuple(C)]
     assert book.measured == 1
     assert found.loss.tolist() == scores(policies_of(B, C, A)).loss.tolist()
     assert found.top1.tolist() == scores(policies_of(B, C, A)).top1.tolist()
     again = Measure(calls=0)
-    assert ScoreBook(again, written, ABOUT)(policies_of(A, B, C)).loss.shape == (3,)
+    assert EvaluationCache(again, written, ABOUT)(policies_of(A, B, C)).loss.shape == (3,)
 
 
 def test_two_books_of_one_file_at_once_lose_nothing(path):
-    one, two = (ScoreBook(Measure(), path, ABOUT) for _ in range(2))
+    one, two = (EvaluationCache(Measure(), path, ABOUT) for _ in range(2))
     one(policies_of(A))
     two(policies_of(B, A))
     one(policies_of(C))
-    third = ScoreBook(Measure(calls=0), path, ABOUT)
+    third = EvaluationCache(Measure(calls=0), path, ABOUT)
     assert third(policies_of(A, B, C)).loss.tolist() == scores(policies_of(A, B, C)).loss.tolist()
 
 
 def test_a_book_knows_how_long_its_policies_took_when_they_were_measured(written):
     lines = [json.loads(line) for line in written.read_text().splitlines()]
-    book = ScoreBook(Measure(), written, ABOUT)
+    book = EvaluationCache(Measure(), written, ABOUT)
     assert book.seconds == 0
     book(policies_of(A, B, A))
     assert book.seconds == pytest.approx(sum(line["seconds"] for line in lines[1:]))
@@ -143,15 +143,17 @@ def test_every_cut_of_the_last_line_is_mended(written):
     for cut in (*range(last + 1, len(whole), 11), len(whole) - 1):
         written.write_bytes(whole[:cut])
         measure = Measure()
-        ScoreBook(measure, written, ABOUT)(policies_of(A, B))
+        EvaluationCache(measure, written, ABOUT)(policies_of(A, B))
         assert measure.seen == [tuple(B)]
-        assert ScoreBook(Measure(calls=0), written, ABOUT)(policies_of(A, B)).loss.shape == (2,)
+        assert EvaluationCache(Measure(calls=0), written, ABOUT)(policies_of(A, B)).loss.shape == (
+            2,
+        )
 
 
 def test_a_file_that_is_empty_is_begun_anew(path):
     path.parent.mkdir()
     path.write_text("")
-    ScoreBook(Measure(), path, ABOUT)(policies_of(A))
+    EvaluationCache(Measure(), path, ABOUT)(policies_of(A))
     assert len(path.read_text().splitlines()) == 2
 
 
@@ -161,7 +163,7 @@ def test_a_file_that_is_empty_is_begun_anew(path):
 def test_scores_of_something_else_are_refused_and_kept(written, other):
     before = written.read_bytes()
     with pytest.raises(bm.UserError, match="remove it") as caught:
-        ScoreBook(Measure(), written, other)
+        EvaluationCache(Measure(), written, other)
     assert str(written) in str(caught.value)
     assert written.read_bytes() == before
 
@@ -191,7 +193,7 @@ def test_a_damaged_line_is_refused_with_a_way_out(written, line):
     lines = written.read_text().splitlines()
     written.write_text("\n".join([*lines[:2], line, *lines[2:], ""]))
     with pytest.raises(bm.UserError, match="damaged; remove it to measure again") as caught:
-        ScoreBook(Measure(), written, ABOUT)
+        EvaluationCache(Measure(), written, ABOUT)
     assert str(caught.value).startswith(f"{written}: ")
 
 
@@ -200,7 +202,7 @@ def test_a_file_of_another_kind_is_refused(path, text):
     path.parent.mkdir()
     path.write_text(text)
     with pytest.raises(bm.UserError, match=r"remove it"):
-        ScoreBook(Measure(), path, ABOUT)
+        EvaluationCache(Measure(), path, ABOUT)
 
 
 def test_a_place_that_cannot_be_written_is_one_line_before_the_work(tmp_path):
@@ -208,7 +210,7 @@ def test_a_place_that_cannot_be_written_is_one_line_before_the_work(tmp_path):
     (tmp_path / "folder").mkdir()
     for place in (tmp_path / "file" / "scores.jsonl", tmp_path / "folder"):
         with pytest.raises(bm.UserError, match="cannot write there"):
-            ScoreBook(Measure(), place, ABOUT)
+            EvaluationCache(Measure(), place, ABOUT)
 
 
 # --- searches that were stopped ---
@@ -224,9 +226,9 @@ METHODS = {
 
 def run(method, limits, score):
     of = costs(MODEL)
-    found = tuple(Limit(cost=of[name], most=most) for name, most in limits)
+    found = tuple(Constraint(cost=of[name], upper_bound=most) for name, most in limits)
     groups = MODEL.groups("layer")
-    problem = Problem(space=MODEL.space, groups=groups, axis=of["avg_bits"], limits=found)
+    problem = Problem(space=MODEL.space, groups=groups, objective=of["avg_bits"], constraints=found)
     found = search(problem, method, score, seed=3)
     return found.policies.tolist(), found.scores.loss.tolist(), found.best(), found.front()
 
@@ -235,12 +237,12 @@ def run(method, limits, score):
 @pytest.mark.parametrize("limits", [(), (("avg_bits", 2.5),)], ids=["front", "budget"])
 def test_a_search_stopped_again_and_again_ends_as_one_that_was_not(path, name, limits):
     whole = Measure()
-    wanted = run(METHODS[name], limits, ScoreBook(whole, None, ABOUT))
+    wanted = run(METHODS[name], limits, EvaluationCache(whole, None, ABOUT))
     seen, stops = [], 0
     while True:
         measure = Measure(calls=2 if name == "greedy" else 1)
         try:
-            found = run(METHODS[name], limits, ScoreBook(measure, path, ABOUT))
+            found = run(METHODS[name], limits, EvaluationCache(measure, path, ABOUT))
         except KeyboardInterrupt:
             stops += 1
             seen += measure.seen
@@ -255,8 +257,8 @@ def test_a_search_stopped_again_and_again_ends_as_one_that_was_not(path, name, l
 
 
 def test_methods_share_what_they_know(path):
-    run(METHODS["random"], (), ScoreBook(Measure(), path, ABOUT))
+    run(METHODS["random"], (), EvaluationCache(Measure(), path, ABOUT))
     alone, after = Measure(), Measure()
-    wanted = run(METHODS["greedy"], (), ScoreBook(alone, None, ABOUT))
-    assert run(METHODS["greedy"], (), ScoreBook(after, path, ABOUT)) == wanted
+    wanted = run(METHODS["greedy"], (), EvaluationCache(alone, None, ABOUT))
+    assert run(METHODS["greedy"], (), EvaluationCache(after, path, ABOUT)) == wanted
     assert set(after.seen) < set(alone.seen)

@@ -19,16 +19,16 @@ from bitmixer_jax.files import user_path
 from bitmixer_jax.models import Network
 from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training.checkpoints import Checkpoints
-from bitmixer_jax.training.claims import CONFIG_FILE, parse_source, read_config, read_data_info
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.optimizer import make_optimizer
-from bitmixer_jax.training.stages import Stage, start_from
+from bitmixer_jax.training.stages import Stage, transfer_variables
 from bitmixer_jax.training.step import TrainState
 from bitmixer_jax.training.torchvision import load_torchvision
+from bitmixer_jax.training.workdir import CONFIG_FILE, parse_source, read_config, read_dataset_info
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainSchedule:
     """A run laid out in steps.
 
     Attributes:
@@ -36,22 +36,22 @@ class Plan:
       model: the network, as after the last stage.
       examples: number of training images.
       steps_per_epoch: whole batches in them; each epoch leaves out another remainder.
-      ends: step at which each stage ends.
+      stage_ends: step at which each stage ends.
     """
 
     run: Run
     model: Network
     examples: int
     steps_per_epoch: int
-    ends: tuple[int, ...]
+    stage_ends: tuple[int, ...]
 
     def start(self, stage: int) -> int:
         """First step of a stage."""
-        return self.ends[stage - 1] if stage else 0
+        return self.stage_ends[stage - 1] if stage else 0
 
     def optimizer(self, stage: int) -> Any:
         """The optimiser of a stage."""
-        steps = self.ends[stage] - self.start(stage)
+        steps = self.stage_ends[stage] - self.start(stage)
         return make_optimizer(self.run.optimizer, self.run.stages[stage], steps)
 
     def rows(self, step: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def init(model: Network, key: jax.Array, images: jax.Array) -> dict[str, Any]:
     return dict(model.init(key, images, bits=bits, train=False))
 
 
-def make_plan(run: Run, model: Network, examples: int) -> Plan:
+def make_schedule(run: Run, model: Network, examples: int) -> TrainSchedule:
     """Lays out a run for a training set of ``examples`` images.
 
     Raises:
@@ -106,28 +106,30 @@ def make_plan(run: Run, model: Network, examples: int) -> Plan:
             f"config.stages: {sum(lengths):.3g} steps in all; a run has at most 2^31 - 1; lower "
             "the epochs"
         )
-    return Plan(run, model, examples, per_epoch, tuple(int(end) for end in np.cumsum(lengths)))
+    return TrainSchedule(
+        run, model, examples, per_epoch, tuple(int(end) for end in np.cumsum(lengths))
+    )
 
 
-def initial_state(plan: Plan, train: Dataset | Streamed) -> TrainState:
+def initial_state(schedule: TrainSchedule, train: Dataset | Streamed) -> TrainState:
     """The state a run starts with: fresh, or from other weights (``config.init_from``)."""
-    run, model = plan.run, plan.model
-    images = train.subset(plan.rows(0)).images
+    run, model = schedule.run, schedule.model
+    images = train.subset(schedule.rows(0)).images
     batch = normalize(jnp.asarray(images), train.mean, train.std)
     key = jax.random.key(run.seed)
     make = jax.jit(lambda key, images: init(model, key, images))
     variables = make(key, batch)
     if run.init_from:
         _, source = load_weights(run.init_from, model)
-        started = start_from(source, variables)
-        if run.is_float or "step" in source["params"][model.names[0]]["conv"]:
+        started = transfer_variables(source, variables)
+        if run.is_baseline or "step" in source["params"][model.names[0]]["conv"]:
             variables = started
         else:  # from a float twin: step sizes from its own activations and kernels
-            variables = _with_new_steps(model, started, key, batch)
-    return plan.state(variables["params"], variables["batch_stats"], 0, 0)
+            variables = _with_new_step_sizes(model, started, key, batch)
+    return schedule.state(variables["params"], variables["batch_stats"], 0, 0)
 
 
-def _with_new_steps(
+def _with_new_step_sizes(
     model: Network, variables: Mapping[str, Any], key: jax.Array, images: jax.Array
 ) -> dict[str, Any]:
     """The variables with the step sizes that `init` would set for these kernels and images."""
@@ -156,7 +158,7 @@ def load_weights(source: str, model: Network) -> tuple[Network, dict[str, Any]]:
     """
     path = user_path(source)
     if path.is_file():
-        return model.float_twin(), load_torchvision(path, model)
+        return model.baseline(), load_torchvision(path, model)
     return load_trained(source)[1:]
 
 
@@ -171,41 +173,44 @@ def load_trained(source: str | pathlib.Path) -> tuple[Run, Network, dict[str, An
     """
     folder, name = parse_source(source)
     saved = read_config(folder)
-    about = read_data_info(folder / CONFIG_FILE, saved.pop("made_for", None))
+    about = read_dataset_info(folder / CONFIG_FILE, saved.pop("dataset_info", None))
     try:
-        run = dataclasses.replace(configuration.read(saved), data_info=about)
+        run = dataclasses.replace(configuration.read(saved), dataset_info=about)
         model = run.build(len(about["classes"]), tuple(about["image_shape"]))
-        plan = make_plan(run, model, about["examples"])
+        schedule = make_schedule(run, model, about["examples"])
     except UserError as error:
         raise UserError(f"{folder / CONFIG_FILE}: {error}") from None
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         kind = type(error).__name__
         raise UserError(f"{folder / CONFIG_FILE}: damaged ({kind}: {error})") from None
-    checkpoints = Checkpoints(folder, keep_steps=plan.ends, read_only=True)
+    checkpoints = Checkpoints(folder, keep_steps=schedule.stage_ends, read_only=True)
     step = None
     if name:
         names = [stage.name for stage in run.stages]
         if name not in names:
             raise UserError(f"{source}: no stage {name!r}; its stages are {', '.join(names)}")
-        step = plan.ends[names.index(name)]
-    state = checkpoints.restore(plan.abstract_state(), step)
+        step = schedule.stage_ends[names.index(name)]
+    state = checkpoints.restore(schedule.abstract_state(), step)
     checkpoints.close()
     if state is None:
         raise UserError(f"{folder}: no checkpoint yet; train it first")
-    stage = run.stages[_stage_of(plan, int(state.step))]
-    if not name and int(state.step) < plan.ends[-1]:
+    stage = run.stages[_stage_of(schedule, int(state.step))]
+    if not name and int(state.step) < schedule.stage_ends[-1]:
         logging.getLogger(__name__).warning(
             "%s: not trained to its end: step %d of %d, stage %s",
-            *(folder, int(state.step), plan.ends[-1], stage.name),
+            *(folder, int(state.step), schedule.stage_ends[-1], stage.name),
         )
-    return run, as_of(plan.model, stage), state.variables
+    return run, as_of(schedule.model, stage), state.variables
 
 
-def _stage_of(plan: Plan, step: int) -> int:
+def _stage_of(schedule: TrainSchedule, step: int) -> int:
     """The stage in which a state of ``step`` steps was made."""
-    return next((i for i, end in enumerate(plan.ends) if step <= end), len(plan.ends) - 1)
+    return next(
+        (i for i, end in enumerate(schedule.stage_ends) if step <= end),
+        len(schedule.stage_ends) - 1,
+    )
 
 
 def as_of(model: Network, stage: Stage) -> Network:
     """The network with what that stage quantises."""
-    return model.clone(quant=stage.quantization(model.quant))
+    return model.clone(quant=stage.quant_config(model.quant))

@@ -1,4 +1,4 @@
-"""Runs a deployed network in integers: codes times codes, summed in int32, one rescale per layer.
+"""Runs a network network in integers: codes times codes, summed in int32, one rescale per layer.
 
 What is exact: codes, and their sums. The one multiplier and offset of a layer, stem and
 head if they are real-valued, and residual additions are float32, in the order in which the
@@ -13,18 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bitmixer_jax.export.deployed import Deployed, FloatStem, Head, Layer, narrowed
+from bitmixer_jax.export.integer_model import FloatStem, Head, IntegerModel, Layer, truncate_bits
 from bitmixer_jax.layer_table import KernelInfo
-from bitmixer_jax.models.graph import Node, walk
+from bitmixer_jax.models.graph import Node, run_graph
 from bitmixer_jax.models.network import REAL_OPS
-from bitmixer_jax.quantizers import bounds
+from bitmixer_jax.quantizers import integer_range
 
 
-def run_integer(deployed: Deployed, images: jax.Array, bits: Any) -> jax.Array:
-    """Logits float32 ``[N, num_classes]`` of a deployed network.
+def run_integer(network: IntegerModel, images: jax.Array, bits: Any) -> jax.Array:
+    """Logits float32 ``[N, num_classes]`` of a network network.
 
     Args:
-      deployed: its arrays become constants of a compiled programme that calls this.
+      network: its arrays become constants of a compiled programme that calls this.
       images: float32 ``[N, H, W, C]``, normalised.
       bits: policy ``[L]``: a tuple of ints (static), or an int32 array (data). Traced
         widths that are not among the choices give NaN.
@@ -32,12 +32,12 @@ def run_integer(deployed: Deployed, images: jax.Array, bits: Any) -> jax.Array:
     Raises:
       UserError: a policy that does not fit.
     """
-    return tensors(deployed, images, bits)[deployed.graph[-1].outputs[0]]
+    return tensors(network, images, bits)[network.graph[-1].outputs[0]]
 
 
-def tensors(deployed: Deployed, images: jax.Array, bits: Any) -> dict[str, jax.Array]:
+def tensors(network: IntegerModel, images: jax.Array, bits: Any) -> dict[str, jax.Array]:
     """Every tensor of the graph by name, as `run_integer`."""
-    space, layers = deployed.space, deployed.layers
+    space, layers = network.space, network.layers
     if isinstance(bits, tuple | list):
         indices: Any = [space.index(int(b)) for b in space.check(bits, len(layers))]
         valid = None
@@ -48,51 +48,53 @@ def tensors(deployed: Deployed, images: jax.Array, bits: Any) -> dict[str, jax.A
     places = {layer.info.name: place for place, layer in enumerate(layers)}
 
     def stem(node: Node, x: jax.Array) -> jax.Array:
-        if isinstance(deployed.stem, FloatStem):
-            return _float_stem(deployed.stem, x)
-        return _layer(deployed.stem, x, 0, 0, (8,), "independent", 8)[0]
+        if isinstance(network.stem, FloatStem):
+            return _float_stem(network.stem, x)
+        return _layer(network.stem, x, 0, 0, (8,), "independent", 8)[0]
 
     def layer(node: Node, x: jax.Array) -> tuple[jax.Array, ...]:
         place = places[node.layer]
         info = layers[place].info
-        previous = indices[info.previous] if info.previous >= 0 else 0
+        predecessor = indices[info.predecessor] if info.predecessor >= 0 else 0
         return _layer(
             layers[place],
             x,
-            previous,
+            predecessor,
             indices[place],
             space.choices,
-            deployed.weight_kind,
-            deployed.code_bits,
+            network.weight_quantizer,
+            network.code_bits,
         )
 
     def head(node: Node, x: jax.Array) -> jax.Array:
-        logits = _head(deployed.head, x)
+        logits = _head(network.head, x)
         return logits if valid is None else jnp.where(valid, logits, jnp.nan)
 
-    return walk(deployed.graph, images, {**REAL_OPS, "stem": stem, "layer": layer, "head": head})
+    return run_graph(
+        network.graph, images, {**REAL_OPS, "stem": stem, "layer": layer, "head": head}
+    )
 
 
 def _layer(
     layer: Layer,
     x: jax.Array,
-    previous: Any,
+    predecessor: Any,
     index: Any,
     choices: tuple[int, ...],
     kind: str,
     code_bits: int,
 ) -> tuple[jax.Array, ...]:
     signed = layer.info.signed
-    edges = jnp.asarray([bounds(b, signed) for b in choices], jnp.float32)[index]
+    edges = jnp.asarray([integer_range(b, signed) for b in choices], jnp.float32)[index]
     codes = jnp.clip(jnp.round(x * (1 / jnp.asarray(layer.step)[index])), edges[0], edges[1])
-    largest = max(abs(v) for v in bounds(choices[-1], signed))
+    largest = max(abs(v) for v in integer_range(choices[-1], signed))
     shift = jnp.asarray([code_bits - b for b in choices], jnp.int8)[index]
     outputs = []
     for kernel in layer.kernels:
         if kind == "independent":
             weights = jnp.asarray(kernel.codes)[index]
         else:
-            weights = narrowed(jnp.asarray(kernel.codes[0]), shift, kind, code_bits)
+            weights = truncate_bits(jnp.asarray(kernel.codes[0]), shift, kind, code_bits)
         # A floor quantiser's codes end in a half: twice the codes are odd integers.
         doubled = kind == "floor"
         span = 2 ** (choices[-1] - 1)
@@ -101,7 +103,7 @@ def _layer(
         weights = weights.astype(dtype)
         sums = _conv(codes.astype(dtype), 2 * weights + 1 if doubled else weights, kernel.info)
         values = sums.astype(jnp.float32) * (0.5 if doubled else 1.0)
-        row = previous if len(kernel.count) > 1 else 0
+        row = predecessor if len(kernel.count) > 1 else 0
         multiplier = jnp.asarray(kernel.multiplier)[row, index]
         outputs.append(multiplier * values + jnp.asarray(kernel.offset)[row, index])
     return tuple(outputs)
@@ -139,7 +141,7 @@ def _head(head: Head, x: jax.Array) -> jax.Array:
         kernel = jnp.asarray(head.kernel)
         return jnp.asarray(head.bias) + jnp.matmul(pooled, kernel, precision=lax.Precision.HIGHEST)
     input_step, kernel_step = head.steps
-    low, high = bounds(8, False)
+    low, high = integer_range(8, False)
     codes = jnp.clip(jnp.round(pooled * (1 / jnp.float32(input_step))), low, high).astype(jnp.int32)
     sums = codes @ jnp.asarray(head.kernel, jnp.int32)
     scale = jnp.float32(input_step) * jnp.float32(kernel_step)

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
-from bitmixer_jax.export.deployed import Deployed, FloatStem, Head, Kernel, Layer
 from bitmixer_jax.export.description import Reader
+from bitmixer_jax.export.integer_model import FloatStem, Head, IntegerModel, Kernel, Layer
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
+from bitmixer_jax.policy import BitSpace
 
-TABLE_DTYPES = ("float32", "float16")
+NORM_DTYPES = ("float32", "float16")
 
 
-class Assembly:
+class PackedReader:
     """Puts a network together from a description and its arrays."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Assembly:
         self._taken[name] = len(array)
         return array
 
-    def build(self) -> Deployed:
+    def build(self) -> IntegerModel:
         """The network. Raises UserError where something does not fit."""
         read, about = self._read, self._description
         image_shape = read.image_shape(about.get("image_shape"))
@@ -80,7 +80,7 @@ class Assembly:
         norm, ends = about.get("norm"), about.get("ends")
         if norm not in ("transitional", "per_width") or ends not in ("float", "int8"):
             read.fail("norm or ends is unknown")
-        if about.get("tables") not in TABLE_DTYPES:
+        if about.get("tables") not in NORM_DTYPES:
             read.fail("tables is unknown")
         classes = read.texts(about.get("classes"), "classes")
         layers = tuple(self._layer(info, norm == "transitional") for info in infos)
@@ -89,9 +89,9 @@ class Assembly:
             if not name.startswith("plane.") and array.shape[:1] != (self._taken.get(name),):
                 read.fail(f"{name} is longer than its layers need")
         channels = image_shape[2]
-        deployed = Deployed(
+        network = IntegerModel(
             space=BitSpace(self._kept),
-            weight_kind=self._kind,
+            weight_quantizer=self._kind,
             code_bits=self._planes if self._kind != "independent" else self._whole.widest,
             graph=graph,
             layers=layers,
@@ -101,12 +101,12 @@ class Assembly:
             mean=self._numbers("mean", channels),
             std=self._numbers("std", channels),
             classes=classes,
-            network=read.text(about.get("network"), "network"),
+            weights_digest=read.text(about.get("network"), "network"),
             about=read.field(about, "about", dict),
         )
-        if not (deployed.std > 0).all():
+        if not (network.std > 0).all():
             read.fail("std is not positive")
-        return deployed
+        return network
 
     def _numbers(self, key: str, count: int) -> np.ndarray:
         values = self._description.get(key)
@@ -115,7 +115,7 @@ class Assembly:
     def _layer(self, info: LayerInfo, transitional: bool) -> Layer:
         n = self._whole.n
         step = self._take("input_steps", np.float32, n)[self._rows]
-        before = n if transitional and info.previous >= 0 else 1
+        before = n if transitional and info.predecessor >= 0 else 1
         return Layer(
             info=info,
             step=self._positive(step, "input_steps"),
@@ -125,18 +125,18 @@ class Assembly:
     def _kernel(self, info: KernelInfo, before: int) -> Kernel:
         n, channels = self._whole.n, info.shape[-1]
         own = self._rows
-        previous = own if before > 1 else [0]
+        predecessor = own if before > 1 else [0]
         count = self._take("counts", np.int32, before * n).reshape(before, n)
         norms = self._norms(2 * before * n, channels).reshape(2, before, n, channels)
         steps = self._take("weight_steps", np.float32, n if self._kind == "independent" else 1)
-        multiplier, offset = norms[:, previous][:, :, own]
+        multiplier, offset = norms[:, predecessor][:, :, own]
         return Kernel(
             info=info,
             codes=self._codes(info),
             step=self._positive(steps, "weight_steps") * np.float32(self._coarser),
             multiplier=np.ascontiguousarray(multiplier),
             offset=np.ascontiguousarray(offset),
-            count=count[previous][:, own],
+            count=count[predecessor][:, own],
         )
 
     def _norms(self, rows: int, channels: int) -> np.ndarray:
@@ -200,7 +200,7 @@ class Assembly:
             name="stem",
             kind="conv",
             kernels=(info,),
-            previous=-1,
+            predecessor=-1,
             block=-1,
             signed=True,
             input=image_shape,

@@ -159,7 +159,7 @@ def sample_mixed(
     num_layers: int,
     rho: jax.Array | float,
     groups: Sequence[int] | None = None,
-    network: int | None = None,
+    base_width: int | None = None,
 ) -> jax.Array:
     """Draws one width for the network, then lets each layer draw its own with probability ``rho``.
 
@@ -168,17 +168,17 @@ def sample_mixed(
     Args:
       rho: probability, 0..1; may be traced.
       groups: as in `sample_random`.
-      network: the network-wide width, instead of a drawn one.
+      base_width: the network-wide width, instead of a drawn one.
 
     Returns:
       int32 ``[L]``. Consumes ``key``.
     """
     wide, own, coin = jax.random.split(key, 3)
     departs = _per_group(jax.random.bernoulli(coin, rho, (num_layers,)), groups)
-    if network is None:
+    if base_width is None:
         base = sample_uniform(wide, space, num_layers)
     else:
-        base = jnp.full(num_layers, network, jnp.int32)
+        base = jnp.full(num_layers, base_width, jnp.int32)
     return jnp.where(departs, sample_random(own, space, num_layers, groups), base)
 
 

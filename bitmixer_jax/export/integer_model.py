@@ -5,7 +5,7 @@ integers of the widest width; for each pair of widths its batch norm, its step s
 input are folded into one multiplier and one offset per channel, so that
 
     sums   = conv(codes of the input, codes of the weights)
-    output = multiplier[previous, own] * sums + offset[previous, own]
+    output = multiplier[predecessor, own] * sums + offset[predecessor, own]
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
+from bitmixer_jax import deprecated
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
-from bitmixer_jax.layers import Quantization, fold
+from bitmixer_jax.layers import QuantConfig, fold
 from bitmixer_jax.models import Network
 from bitmixer_jax.models.graph import Node
-from bitmixer_jax.quantizers import activation_step, bounds, weight_codes
+from bitmixer_jax.policy import BitSpace
+from bitmixer_jax.quantizers import activation_step, integer_range, weight_codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,8 +34,9 @@ class Kernel:
 
     Attributes:
       info: shapes.
-      codes: int8 ``[1, kh, kw, C_in / groups, C_out]``, of ``Deployed.code_bits``; an engine
-        convolves `narrowed` ones. ``[n, ...]``, one set per width, if the quantiser is not nested.
+      codes: int8 ``[1, kh, kw, C_in / groups, C_out]``, of ``IntegerModel.code_bits``; an engine
+        convolves those of `truncate_bits`. ``[n, ...]``, one set per width, if the quantiser is
+        not nested.
       step: float32 ``[1]`` or ``[n]`` step sizes (already in ``multiplier``).
       multiplier, offset: float32 ``[P, n, C_out]``.
       count: int32 ``[P, n]`` training steps that visited each pair; 0: its norm means nothing.
@@ -95,12 +97,12 @@ class Head:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Deployed:
+class IntegerModel:
     """A network as integers.
 
     Attributes:
       space: the choices of width.
-      weight_kind: one of ``quantizers.KINDS``.
+      weight_quantizer: one of ``quantizers.WEIGHT_QUANTIZERS``.
       code_bits: width of the nested codes that kernels hold: the widest choice, or what there is of
         it in a truncated file.
       graph: how layers are connected.
@@ -110,12 +112,12 @@ class Deployed:
       image_shape: ``(H, W, C)``.
       mean, std: float32 ``[C]`` in units of 0..255: images are normalised as (x - mean) / std.
       classes: their names.
-      network: digest of the variables it was made from.
+      weights_digest: of the variables it was made from.
       about: further JSON values (model, data set, configuration).
     """
 
     space: BitSpace
-    weight_kind: str
+    weight_quantizer: str
     code_bits: int
     graph: tuple[Node, ...]
     layers: tuple[Layer, ...]
@@ -125,7 +127,7 @@ class Deployed:
     mean: np.ndarray
     std: np.ndarray
     classes: tuple[str, ...]
-    network: str
+    weights_digest: str
     about: Mapping[str, Any]
 
     @property
@@ -136,23 +138,23 @@ class Deployed:
     @property
     def half(self) -> float:
         """What is added to integer weight codes: floor quantisers re-centre by a half."""
-        return 0.5 if self.weight_kind == "floor" else 0.0
+        return 0.5 if self.weight_quantizer == "floor" else 0.0
 
-    def check_visited(self, policy: np.ndarray) -> None:
+    def check_calibrated(self, policy: np.ndarray) -> None:
         """Raises UserError where a policy ``[L]`` needs a pair that no training step visited."""
         index = np.searchsorted(self.space.choices, policy)
         for layer, own in zip(self.layers, index, strict=True):
             for kernel in layer.kernels:
-                previous = index[layer.info.previous] if len(kernel.count) > 1 else 0
-                if kernel.count[previous, own] == 0:
+                predecessor = index[layer.info.predecessor] if len(kernel.count) > 1 else 0
+                if kernel.count[predecessor, own] == 0:
                     raise UserError(
                         f"policy: layer {layer.info.name} at {self.space.choices[own]} bits after "
-                        f"{self.space.choices[previous]} was never visited in training; its batch "
-                        "norm is unknown"
+                        f"{self.space.choices[predecessor]} was never visited in training; "
+                        "its batch norm is unknown"
                     )
 
 
-def narrowed(codes: Any, shift: Any, kind: str, code_bits: int) -> Any:
+def truncate_bits(codes: Any, shift: Any, kind: str, code_bits: int) -> Any:
     """Integer codes of a narrower width: ``shift`` = ``code_bits`` - width planes are dropped.
 
     Nested quantisers only. Works on numpy and jax arrays; ``shift`` may be traced.
@@ -165,22 +167,22 @@ def narrowed(codes: Any, shift: Any, kind: str, code_bits: int) -> Any:
     return (rounded - (rounded - top) * (rounded > top)).astype(codes.dtype)
 
 
-def deploy(
+def to_integer_model(
     model: Network,
     variables: Mapping[str, Any],
     *,
     mean: Any,
     std: Any,
     classes: tuple[str, ...],
-    network: str,
+    weights_digest: str,
     about: Mapping[str, Any] | None = None,
-) -> Deployed:
+) -> IntegerModel:
     """Turns a trained network into integers.
 
     Args:
       model, variables: as after the last stage.
       mean, std, classes: of the training data.
-      network: digest of the variables.
+      weights_digest: of the variables.
       about: JSON values to keep.
 
     Raises:
@@ -192,7 +194,7 @@ def deploy(
         )
     params, stats = variables["params"], variables["batch_stats"]
 
-    def layer(info: LayerInfo, quant: Quantization) -> Layer:
+    def layer(info: LayerInfo, quant: QuantConfig) -> Layer:
         own, norms = params[info.name], stats[info.name]
         assert quant.space is not None
         steps = [activation_step(own["input"]["step"], i) for i in range(quant.n)]
@@ -202,7 +204,7 @@ def deploy(
             kernels.append(_kernel(kernel, own[kernel.name], tables, steps, quant))
         return Layer(info=info, step=_floats(jnp.stack(steps)), kernels=tuple(kernels))
 
-    ends = model.end_quant()
+    ends = model.first_last_quant()
     head = params["head"]
     stem: FloatStem | Layer
     if ends.space is None:
@@ -217,16 +219,18 @@ def deploy(
         last = Head(kernel=_floats(head["kernel"]), bias=_floats(head["bias"]), steps=None)
     else:
         stem = layer(model.stem_info, ends)
-        codes, step = weight_codes(head["kernel"], head["step"], 0, ends.space, ends.weight_kind)
+        codes, step = weight_codes(
+            head["kernel"], head["step"], 0, ends.space, ends.weight_quantizer
+        )
         input_step = activation_step(params["head_input"]["step"], 0)
         last = Head(
             kernel=np.asarray(codes, np.int8),
             bias=_floats(head["bias"]),
             steps=(float(input_step), float(step)),
         )
-    return Deployed(
+    return IntegerModel(
         space=model.space,
-        weight_kind=model.quant.weight_kind,
+        weight_quantizer=model.quant.weight_quantizer,
         code_bits=model.space.widest,
         graph=model.graph,
         layers=tuple(layer(info, model.quant) for info in model.layers),
@@ -236,7 +240,7 @@ def deploy(
         mean=_floats(mean),
         std=_floats(std),
         classes=tuple(classes),
-        network=network,
+        weights_digest=weights_digest,
         about=dict(about or {}),
     )
 
@@ -246,22 +250,22 @@ def _kernel(
     params: Mapping[str, Any],
     tables: Mapping[str, Any],
     input_steps: list[Any],
-    quant: Quantization,
+    quant: QuantConfig,
 ) -> Kernel:
     assert quant.space is not None
-    kind, space = quant.weight_kind, quant.space
+    kind, space = quant.weight_quantizer, quant.space
     codes, multipliers, offsets = [], [], []
     for own in range(space.n):
         found, step = weight_codes(params["kernel"], params["step"], own, space, kind)
         codes.append(np.asarray(jnp.floor(found), np.int8))
         folded = [
-            _fold(tables, previous, own, input_steps[own] * step, quant.epsilon)
-            for previous in range(len(tables["count"]))
+            _fold(tables, predecessor, own, input_steps[own] * step, quant.epsilon)
+            for predecessor in range(len(tables["count"]))
         ]
         multipliers.append([m for m, _ in folded])
         offsets.append([o for _, o in folded])
     nested = kind != "independent"
-    lowest, highest = bounds(space.widest, True)
+    lowest, highest = integer_range(space.widest, True)
     assert all(lowest <= c.min() and c.max() <= highest for c in codes)
     return Kernel(
         info=info,
@@ -273,8 +277,8 @@ def _kernel(
     )
 
 
-def _fold(tables: Mapping[str, Any], previous: int, own: int, step: Any, epsilon: float) -> Any:
-    pair = (previous, own)
+def _fold(tables: Mapping[str, Any], predecessor: int, own: int, step: Any, epsilon: float) -> Any:
+    pair = (predecessor, own)
     scale, bias, mean, var = (
         jnp.asarray(tables[k])[pair] for k in ("scale", "bias", "mean", "var")
     )
@@ -284,3 +288,6 @@ def _fold(tables: Mapping[str, Any], previous: int, own: int, step: Any, epsilon
 
 def _floats(values: Any) -> np.ndarray:
     return np.asarray(values, np.float32)
+
+
+__getattr__ = deprecated.module_getattr(__name__)

@@ -9,6 +9,7 @@ from typing import Any
 
 from bitmixer_jax.data.settings import StreamSettings
 from bitmixer_jax.data.streams import MEAN
+from bitmixer_jax.deprecated import CONFIG_KEYS, MODEL_SETTINGS, new_keys
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import cannot_write, read_json, user_path, write_whole
 
@@ -47,7 +48,7 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
-def claim(
+def create_or_check_workdir(
     workdir: pathlib.Path,
     config: Mapping[str, Any],
     free: Iterable[str] = (),
@@ -128,7 +129,15 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({reason})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not the configuration of a run")
-    return with_orientation(config)
+    return with_orientation(_with_new_names(config))
+
+
+def _with_new_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a saved configuration with settings and keys under their present names."""
+    config = new_keys(config, CONFIG_KEYS)
+    if isinstance(config.get("model"), dict):
+        config["model"] = new_keys(config["model"], MODEL_SETTINGS)
+    return config
 
 
 def with_orientation(config: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +146,7 @@ def with_orientation(config: dict[str, Any]) -> dict[str, Any]:
     Streamed images were not turned then. For sets in memory the setting has no meaning; for
     ImageNet its default is what was done.
     """
-    stream, about = config.get("stream", {}), config.get("made_for")
+    stream, about = config.get("stream", {}), config.get("dataset_info")
     if not isinstance(stream, dict) or "orientation" in stream or not isinstance(about, dict):
         return config
     streamed = about.get("mean") == [float(x) for x in MEAN]
@@ -146,12 +155,12 @@ def with_orientation(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "stream": {**stream, "orientation": way}}
 
 
-def read_data_info(path: pathlib.Path, info: Any) -> dict[str, Any]:
+def read_dataset_info(path: pathlib.Path, info: Any) -> dict[str, Any]:
     """Checks what a configuration says about the data that its network was made for.
 
     Args:
       path: of the configuration, for messages.
-      info: the value of "made_for": "classes" (names), "image_shape" ``[H, W, C]``, "examples",
+      info: the value of "dataset_info": "classes" (names), "image_shape" ``[H, W, C]``, "examples",
         "mean" and "std" ``[C]`` in units of 0..255.
 
     Raises:
@@ -178,8 +187,8 @@ def read_data_info(path: pathlib.Path, info: Any) -> dict[str, Any]:
         "std": lambda v: numbers(v, 0),
     }
     if not isinstance(info, dict):
-        raise UserError(f'{path}: "made_for", the data of this network, is missing or damaged')
+        raise UserError(f'{path}: "dataset_info", the data of this network, is missing or damaged')
     for key, good in checks.items():
         if not good(info.get(key)):
-            raise UserError(f'{path}: "made_for" has a missing or damaged entry {key!r}')
+            raise UserError(f'{path}: "dataset_info" has a missing or damaged entry {key!r}')
     return info
