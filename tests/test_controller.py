@@ -293,7 +293,7 @@ def test_an_error_of_the_callers_function_is_passed_on():
     [
         ({"names": ("conv1", "conv2", "conv4")}, "layers"),
         ({"choices": (2, 4)}, "widths"),
-        ({"network": "4567cdef"}, "weights"),
+        ({"weights_digest": "4567cdef"}, "weights"),
     ],
 )
 def test_a_front_of_another_network_is_refused(changes, what):
