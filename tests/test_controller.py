@@ -32,7 +32,7 @@ class Stub:
 
     names = NAMES
     space = BitSpace((2, 3, 4))
-    network = "0123abcd"
+    weights_digest = "0123abcd"
 
     def __init__(self):
         self.ran = []

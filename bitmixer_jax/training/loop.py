@@ -21,19 +21,15 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, UncalibratedPairs, evaluate
 from bitmixer_jax.files import cannot_write, hold, user_path
 from bitmixer_jax.pairs import fill_uncalibrated_pairs
+from bitmixer_jax.trained import Trained
 from bitmixer_jax.training import config as configuration
 from bitmixer_jax.training import hosts
 from bitmixer_jax.training.checkpoints import Checkpoints, check_path
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.feed import check_streamed, make_feed
+from bitmixer_jax.training.initial import initial_state, load_weights
 from bitmixer_jax.training.metrics import Bar, Metrics
-from bitmixer_jax.training.schedule import (
-    TrainSchedule,
-    as_of,
-    initial_state,
-    load_weights,
-    make_schedule,
-)
+from bitmixer_jax.training.schedule import TrainSchedule, as_of, make_schedule
 from bitmixer_jax.training.step import (
     ParallelStep,
     StepSettings,
@@ -57,7 +53,7 @@ class Interrupted(Exception):
 
 def train(
     config: Any, workdir: str | pathlib.Path, devices: Sequence[jax.Device] | None = None
-) -> Run:
+) -> Trained:
     """Trains a network through all stages of a configuration, or goes on where a run stopped.
 
     Args:
@@ -66,7 +62,7 @@ def train(
       devices: to train on; None takes all.
 
     Returns:
-      the checked configuration.
+      the network after its last stage.
 
     Raises:
       UserError: something in the configuration, the data or the workdir is wrong, or the loss is
@@ -123,8 +119,15 @@ def train(
             check()
 
         hosts.on_primary(take, partial(check, write=False))
-        _train(schedule, workdir, train_data, test_data, devices)
-    return run
+        state = _train(schedule, workdir, train_data, test_data, devices)
+    return Trained(
+        source=str(workdir),
+        folder=workdir,
+        config=read_config(workdir),
+        run=dataclasses.replace(run, dataset_info=about),
+        model=as_of(schedule.model, run.stages[-1]),
+        variables=jax.device_get(state.variables),
+    )
 
 
 def _train(
@@ -133,8 +136,8 @@ def _train(
     train_data: Dataset | Streamed,
     test_data: Dataset | Streamed,
     devices: list[jax.Device],
-) -> None:
-    """Trains from the newest checkpoint, or from the start, to the end of the last stage."""
+) -> TrainState:
+    """Trains from the newest checkpoint, or from the start; returns the state at the end."""
     run = schedule.run
     checkpoints = Checkpoints(workdir, keep=run.keep_checkpoints, keep_steps=schedule.stage_ends)
     with contextlib.ExitStack() as opened:
@@ -159,6 +162,7 @@ def _train(
                 checkpoints.close()
             raise
         checkpoints.close()
+    return state
 
 
 def _set_up(

@@ -1,30 +1,21 @@
-"""A run laid out in steps: what is trained when, from which state, and how it is loaded again."""
+"""A run laid out in steps: which stage, optimiser and examples each step has."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from bitmixer_jax.data import Dataset, Order, Streamed, normalize
+from bitmixer_jax.data import Order
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.files import user_path
 from bitmixer_jax.models import Network
-from bitmixer_jax.training import config as configuration
-from bitmixer_jax.training.checkpoints import Checkpoints
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.optimizer import make_optimizer
-from bitmixer_jax.training.stages import Stage, transfer_variables
+from bitmixer_jax.training.stages import Stage
 from bitmixer_jax.training.step import TrainState
-from bitmixer_jax.training.torchvision import load_torchvision
-from bitmixer_jax.training.workdir import CONFIG_FILE, parse_source, read_config, read_dataset_info
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +39,11 @@ class TrainSchedule:
     def start(self, stage: int) -> int:
         """First step of a stage."""
         return self.stage_ends[stage - 1] if stage else 0
+
+    def stage_of(self, step: int) -> int:
+        """The stage in which a state of ``step`` steps was made."""
+        later = (i for i, end in enumerate(self.stage_ends) if step <= end)
+        return next(later, len(self.stage_ends) - 1)
 
     def optimizer(self, stage: int) -> Any:
         """The optimiser of a stage."""
@@ -108,106 +104,6 @@ def make_schedule(run: Run, model: Network, examples: int) -> TrainSchedule:
         )
     return TrainSchedule(
         run, model, examples, per_epoch, tuple(int(end) for end in np.cumsum(lengths))
-    )
-
-
-def initial_state(schedule: TrainSchedule, train: Dataset | Streamed) -> TrainState:
-    """The state a run starts with: fresh, or from other weights (``config.init_from``)."""
-    run, model = schedule.run, schedule.model
-    images = train.subset(schedule.rows(0)).images
-    batch = normalize(jnp.asarray(images), train.mean, train.std)
-    key = jax.random.key(run.seed)
-    make = jax.jit(lambda key, images: init(model, key, images))
-    variables = make(key, batch)
-    if run.init_from:
-        _, source = load_weights(run.init_from, model)
-        started = transfer_variables(source, variables)
-        if run.is_baseline or "step" in source["params"][model.names[0]]["conv"]:
-            variables = started
-        else:  # from a float twin: step sizes from its own activations and kernels
-            variables = _with_new_step_sizes(model, started, key, batch)
-    return schedule.state(variables["params"], variables["batch_stats"], 0, 0)
-
-
-def _with_new_step_sizes(
-    model: Network, variables: Mapping[str, Any], key: jax.Array, images: jax.Array
-) -> dict[str, Any]:
-    """The variables with the step sizes that `init` would set for these kernels and images."""
-    leaves = traverse_util.flatten_dict(variables["params"])
-    kept = {path: leaf for path, leaf in leaves.items() if path[-1] != "step"}
-    _, made = model.apply(
-        {
-            "params": traverse_util.unflatten_dict(kept),
-            "batch_stats": variables["batch_stats"],
-        },
-        images,
-        bits=(model.space.widest,) * model.num_layers,
-        train=True,
-        rngs={"params": key},
-        mutable=["params", "batch_stats"],
-    )
-    return {"params": made["params"], "batch_stats": variables["batch_stats"]}
-
-
-def load_weights(source: str, model: Network) -> tuple[Network, dict[str, Any]]:
-    """A network and its variables, to start or to learn from.
-
-    Args:
-      source: of `load_trained`, or a file with a torchvision state_dict: then it is the float twin
-        of ``model`` (`torchvision.load_torchvision`).
-    """
-    path = user_path(source)
-    if path.is_file():
-        return model.baseline(), load_torchvision(path, model)
-    return load_trained(source)[1:]
-
-
-def load_trained(source: str | pathlib.Path) -> tuple[Run, Network, dict[str, Any]]:
-    """Loads a network from a workdir: its run, the network as of that stage, its variables.
-
-    Args:
-      source: WORKDIR (its newest checkpoint), or WORKDIR@STAGE (the end of that stage).
-
-    Raises:
-      UserError: no run there, no checkpoint yet, no such stage, or a damaged checkpoint.
-    """
-    folder, name = parse_source(source)
-    saved = read_config(folder)
-    about = read_dataset_info(folder / CONFIG_FILE, saved.pop("dataset_info", None))
-    try:
-        run = dataclasses.replace(configuration.read(saved), dataset_info=about)
-        model = run.build(len(about["classes"]), tuple(about["image_shape"]))
-        schedule = make_schedule(run, model, about["examples"])
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG_FILE}: {error}") from None
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        kind = type(error).__name__
-        raise UserError(f"{folder / CONFIG_FILE}: damaged ({kind}: {error})") from None
-    checkpoints = Checkpoints(folder, keep_steps=schedule.stage_ends, read_only=True)
-    step = None
-    if name:
-        names = [stage.name for stage in run.stages]
-        if name not in names:
-            raise UserError(f"{source}: no stage {name!r}; its stages are {', '.join(names)}")
-        step = schedule.stage_ends[names.index(name)]
-    state = checkpoints.restore(schedule.abstract_state(), step)
-    checkpoints.close()
-    if state is None:
-        raise UserError(f"{folder}: no checkpoint yet; train it first")
-    stage = run.stages[_stage_of(schedule, int(state.step))]
-    if not name and int(state.step) < schedule.stage_ends[-1]:
-        logging.getLogger(__name__).warning(
-            "%s: not trained to its end: step %d of %d, stage %s",
-            *(folder, int(state.step), schedule.stage_ends[-1], stage.name),
-        )
-    return run, as_of(schedule.model, stage), state.variables
-
-
-def _stage_of(schedule: TrainSchedule, step: int) -> int:
-    """The stage in which a state of ``step`` steps was made."""
-    return next(
-        (i for i, end in enumerate(schedule.stage_ends) if step <= end),
-        len(schedule.stage_ends) - 1,
     )
 
 

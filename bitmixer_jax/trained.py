@@ -1,0 +1,148 @@
+"""The one door to a trained network: ``load(source)`` opens a workdir once, for everybody."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from bitmixer_jax import deprecated
+from bitmixer_jax.data import Dataset, ImageReader, Streamed
+from bitmixer_jax.data.image_files import reader_of_run
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.models import Network
+from bitmixer_jax.training import config as configuration
+from bitmixer_jax.training.checkpoints import Checkpoints, digest
+from bitmixer_jax.training.config import Run
+from bitmixer_jax.training.schedule import as_of, make_schedule
+from bitmixer_jax.training.workdir import CONFIG_FILE, parse_source, read_config, read_dataset_info
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """A trained network, and all that evaluation, search and export want to know of it.
+
+    Attributes:
+      source: what was loaded, WORKDIR or WORKDIR@STAGE.
+      folder: the workdir.
+      config: settings of the run as its ``config.json`` holds them, a JSON tree.
+      run: the same, checked; ``run.load(split)`` opens its data.
+      model: the network, with what its stage quantises.
+      variables: of the network, "params" and "batch_stats".
+    """
+
+    source: str
+    folder: pathlib.Path
+    config: Mapping[str, Any]
+    run: Run
+    model: Network
+    variables: dict[str, Any]
+
+    @property
+    def dataset_info(self) -> Mapping[str, Any]:
+        """The data of the training: "classes", "image_shape", "examples", "mean" and "std"."""
+        assert self.run.dataset_info is not None  # of every trained network
+        return self.run.dataset_info
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is a full-precision baseline, whose layers have no widths."""
+        return self.model.quant.space is None
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """``[L]`` which layers share a width in random policies: see `Network.groups`."""
+        return self.model.groups(self.run.selection)  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """SHA-256 of the variables: fronts and exports say by it which weights they are of."""
+        return digest(self.variables)
+
+    @functools.cached_property
+    def reader(self) -> ImageReader:
+        """Reads image files as the images of the data set were read."""
+        run, mean = self.run, self.dataset_info["mean"]
+        return reader_of_run(run.dataset, self.model.image_shape, mean, run.stream)
+
+    def load_split(self, split: str, data_dir: str | None = None) -> Dataset | Streamed:
+        """Opens a split of the data set, normalised as in training. Arguments as `Run.load`."""
+        return self.run.load(split, data_dir)
+
+    def require_widths(self, purpose: str) -> None:
+        """Checks that the layers have widths.
+
+        Args:
+          purpose: what they are needed for, for the message.
+
+        Raises:
+          UserError: this is a full-precision baseline.
+        """
+        if self.is_baseline:
+            raise UserError(f"{self.source}: a full-precision baseline has no widths to {purpose}")
+
+    def __getattr__(self, name: str) -> Any:
+        # Up to version 0.1 `training.train` returned what is now the attribute ``run``.
+        if name in Run.__dataclass_fields__:
+            deprecated.warn(f"Trained.{name}", f"Trained.run.{name}")
+            return getattr(self.run, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def load(source: str | pathlib.Path | Trained) -> Trained:
+    """Loads a trained network from a workdir: one reading of its settings, one restore.
+
+        trained = bm.load("runs/digits")
+        logits = trained.model.apply(trained.variables, images, bits=policy, train=False)
+
+    Args:
+      source: WORKDIR (its newest checkpoint), or WORKDIR@STAGE (the end of that stage). What is
+        loaded already is returned as it is.
+
+    Raises:
+      UserError: no run there, no checkpoint yet, no such stage, or a damaged file.
+    """
+    if isinstance(source, Trained):
+        return source
+    folder, stage_name = parse_source(source)
+    config = read_config(folder)
+    settings = dict(config)
+    info = read_dataset_info(folder / CONFIG_FILE, settings.pop("dataset_info", None))
+    try:
+        run = dataclasses.replace(configuration.read(settings), dataset_info=info)
+        model = run.build(len(info["classes"]), tuple(info["image_shape"]))
+        schedule = make_schedule(run, model, info["examples"])
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG_FILE}: {error}") from None
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{folder / CONFIG_FILE}: damaged ({kind}: {error})") from None
+    step = None
+    if stage_name:
+        names = [stage.name for stage in run.stages]
+        if stage_name not in names:
+            raise UserError(f"{source}: no stage {stage_name!r}; its stages are {', '.join(names)}")
+        step = schedule.stage_ends[names.index(stage_name)]
+    checkpoints = Checkpoints(folder, keep_steps=schedule.stage_ends, read_only=True)
+    state = checkpoints.restore(schedule.abstract_state(), step)
+    checkpoints.close()
+    if state is None:
+        raise UserError(f"{folder}: no checkpoint yet; train it first")
+    done = int(state.step)
+    stage = run.stages[schedule.stage_of(done)]
+    if not stage_name and done < schedule.stage_ends[-1]:
+        logging.getLogger(__name__).warning(
+            "%s: not trained to its end: step %d of %d, stage %s",
+            *(folder, done, schedule.stage_ends[-1], stage.name),
+        )
+    return Trained(
+        source=str(source),
+        folder=folder,
+        config=config,
+        run=run,
+        model=as_of(model, stage),
+        variables=state.variables,
+    )
