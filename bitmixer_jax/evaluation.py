@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +16,13 @@ from bitmixer_jax import deprecated
 from bitmixer_jax.data import Dataset, Streamed, normalize
 from bitmixer_jax.devices import local_batch_indices, local_devices, shard
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.inputs import check_policy
 from bitmixer_jax.models import Network
-from bitmixer_jax.pairs import uncalibrated_pairs
+from bitmixer_jax.pairs import covering_policies, recalibrate, uncalibrated_pairs
 from bitmixer_jax.policy import sample_random
+from bitmixer_jax.trained import Trained, load
+
+Progress = Callable[[list[Any]], Iterable[Any]]
 
 
 class UncalibratedPairs(UserError):
@@ -113,13 +119,11 @@ class Evaluator:
             score, in_axes=(None, 0, 0, None, None), devices=here
         )
 
-    def top1(
-        self, variables: Any, policies: Any, progress: Callable[..., Any] = iter
-    ) -> np.ndarray:
+    def top1(self, variables: Any, policies: Any, progress: Progress = iter) -> np.ndarray:
         """Accuracy of each policy: float64 ``[M]`` in 0..1. Arguments and errors as `scores`."""
         return self.scores(variables, policies, progress).top1
 
-    def scores(self, variables: Any, policies: Any, progress: Callable[..., Any] = iter) -> Scores:
+    def scores(self, variables: Any, policies: Any, progress: Progress = iter) -> Scores:
         """Accuracy and loss of each policy.
 
         Args:
@@ -238,6 +242,93 @@ def random_policies(
 
 
 def evaluate(
+    source: Trained | str | pathlib.Path,
+    *,
+    policy: Any = None,
+    random: int = 0,
+    seed: int = 0,
+    uniform: bool = True,
+    data_dir: str | None = None,
+    progress: Progress = iter,
+    **others: Any,
+) -> dict[str, Any]:
+    """Measures the test accuracy of a trained network by the three protocols.
+
+    The protocols are never mixed: every uniform width, random policies, one policy of your own.
+
+        result = bm.evaluate("runs/digits", random=100, policy=3)
+        result["uniform"]["4"], result["random"]["mean"], result["policy"]["top1"]
+
+    Args:
+      source: WORKDIR, WORKDIR@STAGE, or what `trained.load` returned.
+      policy: ``[L]`` widths, or one width for all layers.
+      random: number of random policies.
+      seed: of the random policies.
+      uniform: evaluate each width in all layers.
+      data_dir: where the data are, if not where training found them.
+      progress: wraps the list of calls to make, to show how far it is.
+
+    Returns:
+      as `evaluate_protocols`.
+
+    Raises:
+      UserError: as `trained.load`, `Run.load` and `Evaluator.scores`.
+    """
+    if isinstance(source, Evaluator):  # up to version 0.1: evaluate(evaluator, variables, ...)
+        deprecated.warn("evaluation.evaluate(evaluator, ...)", "evaluate_protocols")
+        return evaluate_protocols(
+            source, policy, uniform=uniform, random=random, seed=seed, progress=progress, **others
+        )
+    assert not others
+    trained = load(source)
+    if policy is not None:
+        policy = check_policy(policy, trained.model.space, trained.model.num_layers)
+    if random:
+        trained.require_widths("draw")
+    return evaluate_protocols(
+        make_evaluator(trained, data_dir),
+        trained.variables,
+        uniform=uniform,
+        random=random,
+        seed=seed,
+        policy=policy,
+        groups=trained.groups,
+        progress=progress,
+    )
+
+
+def make_evaluator(trained: Trained, data_dir: str | None = None) -> Evaluator:
+    """Returns an Evaluator of a trained network on its test split."""
+    data = trained.load_split(trained.run.test_split, data_dir)
+    size = trained.run.evaluate_batch
+    return Evaluator(trained.model, data, data.mean, data.std, batch_size=size)
+
+
+def recalibrate_missing(
+    trained: Trained, data_dir: str | None = None
+) -> tuple[Trained, list[tuple[str, int, int]]]:
+    """Estimates the BN statistics of the pairs that training never visited.
+
+    1,024 images of the training split are used: see `pairs.recalibrate`.
+
+    Returns:
+      the network with statistics for all pairs; and the pairs that had none, as
+      `pairs.uncalibrated_pairs` names them. Without such pairs the network is returned as it is.
+    """
+    trained.require_widths("recalibrate")
+    model, run = trained.model, trained.run
+    missing = uncalibrated_pairs(model, trained.variables["batch_stats"], covering_policies(model))
+    if not missing:
+        return trained, []
+    data = trained.load_split(run.train_split, data_dir)
+    order = np.random.default_rng(run.seed).permutation(len(data))
+    images = data.subset(order[: 8 * 128]).images
+    size = min(128, len(images))
+    variables = recalibrate(model, trained.variables, images, data.mean, data.std, size)
+    return dataclasses.replace(trained, variables=variables), missing
+
+
+def evaluate_protocols(
     evaluator: Evaluator,
     variables: Any,
     *,
@@ -246,9 +337,9 @@ def evaluate(
     seed: int = 0,
     policy: Any = None,
     groups: Sequence[int] | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Evaluates by the three protocols, which are never mixed.
+    """Evaluates variables by the three protocols, with an Evaluator of the network.
 
     Args:
       uniform: each width in all layers.
@@ -256,13 +347,13 @@ def evaluate(
       seed: of the random policies.
       policy: ``[L]`` a policy of one's own.
       groups: layers that share a width in random policies.
-      progress: see `Evaluator.top1`.
+      progress: as `evaluate`.
 
     Returns:
       ``{"examples": int, "uniform": {width: top1}, "random": {"policies", "mean", "std", "worst",
       "average_bits", "scores"}, "policy": {"widths", "top1"}}``, without what was not asked for;
       top1 in 0..1, "scores" those of each random policy.
-      A float twin has the key "float" alone.
+      A full-precision baseline has "examples" and "float".
     """
     model = evaluator.model
     result: dict[str, Any] = {"examples": evaluator.examples}

@@ -9,84 +9,108 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.files import cannot_write, write_whole
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.evaluation import Progress, UncalibratedPairs, evaluate
+from bitmixer_jax.files import cannot_write, user_path, write_whole
 from bitmixer_jax.models import Network
 from bitmixer_jax.plotting import COLORS, literal, new_figure, short_names
 from bitmixer_jax.policy import BitSpace
+from bitmixer_jax.trained import Trained, load
+from bitmixer_jax.training import hosts
+from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.metrics import number_at, read_metrics
 
 
-def write_report(
-    workdir: pathlib.Path,
-    model: Network,
-    batch_stats: Mapping[str, Any],
-    result: Mapping[str, Any],
-    config: Mapping[str, Any],
-    float_top1: float | None = None,
-) -> pathlib.Path:
-    """Writes ``workdir/report``: README.md, evaluation.json and plots.
+def report(trained: Trained, progress: Progress = iter) -> tuple[pathlib.Path, list[str]]:
+    """Evaluates a run on its test split and writes ``WORKDIR/report``: README.md, JSON and plots.
+
+    Of several processes all evaluate, and the primary one writes.
 
     Args:
-      model, batch_stats: the trained network; its visit counts become the heat map.
-      result: of `evaluation.evaluate`.
-      config: of the run, a JSON tree.
-      float_top1: accuracy of the float twin, where it is known.
+      progress: as `evaluation.evaluate`.
 
     Returns:
-      the folder.
+      the folder, and the table of accuracies (Markdown lines).
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: as `evaluation.evaluate`, or the folder cannot be written.
     """
-    folder = workdir / "report"
+    run = trained.run
+    random = run.report_random if run.stages[-1].widths == "layer" else 0
     try:
-        return _write(folder, workdir, model, batch_stats, result, config, float_top1)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+        result = evaluate(trained, random=random, seed=run.seed, progress=progress)
+    except UncalibratedPairs as error:  # a short run has not met every pair: report what there is
+        if hosts.is_primary():
+            print(f"report without accuracies: {error}")
+        result = evaluate(trained, uniform=False)
+    baseline_top1 = _baseline_top1(run, progress)
+    folder, lines = trained.folder / "report", table(result, baseline_top1)
+    if hosts.is_primary():
+        try:
+            _write(folder, trained, result, baseline_top1)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+    return folder, lines
+
+
+def _baseline_top1(run: Run, progress: Progress) -> float | None:
+    """Accuracy of the full-precision baseline that a run started or learned from, if any."""
+    for source in (run.init_from, run.teacher):
+        if not source or user_path(source).is_file():
+            continue
+        try:
+            baseline = load(source)
+            if baseline.is_baseline:
+                data_dir = run.data_dir or None
+                return float(evaluate(baseline, data_dir=data_dir, progress=progress)["float"])
+        except UserError as error:  # it is gone since: the report can do without
+            print(f"report without the full-precision baseline: {error}")
+    return None
 
 
 def _write(
     folder: pathlib.Path,
-    workdir: pathlib.Path,
-    model: Network,
-    batch_stats: Mapping[str, Any],
+    trained: Trained,
     result: Mapping[str, Any],
-    config: Mapping[str, Any],
-    float_top1: float | None,
-) -> pathlib.Path:
+    baseline_top1: float | None,
+) -> None:
+    """Writes the files of a report. Raises OSError."""
+    config = trained.config
     folder.mkdir(exist_ok=True)
     write_whole(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     plots = ["curves.png"]
-    plot_curves(folder / "curves.png", workdir)
+    plot_curves(folder / "curves.png", trained.folder)
     if "uniform" in result:
-        plot_accuracy(folder / "accuracy.png", {"": result}, float_top1)
-        plot_visits(folder / "pairs.png", model, batch_stats)
+        plot_accuracy(folder / "accuracy.png", {"": result}, baseline_top1)
+        plot_visits(folder / "pairs.png", trained.model, trained.variables["batch_stats"])
         plots += ["accuracy.png", "pairs.png"]
-    lines = [f"# {config['model']['name']} on {config['dataset']}", "", *table(result, float_top1)]
+    lines = [
+        f"# {config['model']['name']} on {config['dataset']}",
+        "",
+        *table(result, baseline_top1),
+    ]
     lines += [
         "",
         "| stage | epochs | quantised | widths | learning rate |",
         "|---|---|---|---|---|",
     ]
-    for name in config["order"]:
-        stage = config["stages"][name]
+    for stage in trained.run.stages:
         lines.append(
-            f"| {name} | {stage['epochs']:g} | {stage.get('quantize', 'weights+activations')} | "
-            f"{stage.get('widths', 'network')} | {stage.get('learning_rate', 0.1):g} |"
+            f"| {stage.name} | {stage.epochs:g} | {stage.quantize} | {stage.widths} | "
+            f"{stage.learning_rate:g} |"
         )
     lines += ["", f"Seed {config['seed']}, batch {config['batch_size']}.", ""]
     lines += [f"![{plot.removesuffix('.png')}]({plot})" for plot in plots]
     write_whole(folder / "README.md", "\n".join(lines) + "\n")
-    return folder
 
 
-def table(result: Mapping[str, Any], float_top1: float | None = None) -> list[str]:
+def table(result: Mapping[str, Any], baseline_top1: float | None = None) -> list[str]:
     """A Markdown table of an evaluation, one row per protocol; accuracies in percent."""
     rows = [f"| top-1, {result['examples']} images | % |", "|---|---|"]
     if "float" in result:
-        float_top1 = result["float"]
-    if float_top1 is not None:
-        rows.append(f"| float twin | {100 * float_top1:.2f} |")
+        baseline_top1 = result["float"]
+    if baseline_top1 is not None:
+        rows.append(f"| full-precision baseline | {100 * baseline_top1:.2f} |")
     for width, top1 in reversed(list(result.get("uniform", {}).items())):
         rows.append(f"| all layers at {width} bits | {100 * top1:.2f} |")
     if "random" in result:
@@ -143,7 +167,7 @@ def plot_curves(path: pathlib.Path, workdir: pathlib.Path) -> None:
 
 
 def plot_accuracy(
-    path: pathlib.Path, results: Mapping[str, Mapping[str, Any]], float_top1: float | None = None
+    path: pathlib.Path, results: Mapping[str, Mapping[str, Any]], baseline_top1: float | None = None
 ) -> None:
     """Accuracy of each uniform width beside the spread of random policies.
 
@@ -164,8 +188,10 @@ def plot_accuracy(
             jitter = rng.uniform(-0.22, 0.22, len(scores)) / len(results)
             axis.plot(spot + jitter, scores, ".", ms=4, color=color, alpha=0.6)
             axis.plot([spot - 0.2, spot + 0.2], [scores.mean()] * 2, color="black", lw=1.5)
-    if float_top1 is not None:
-        axis.axhline(100 * float_top1, color="0.3", ls="--", lw=1, label="float twin")
+    if baseline_top1 is not None:
+        axis.axhline(
+            100 * baseline_top1, color="0.3", ls="--", lw=1, label="full-precision baseline"
+        )
     ticks = [f"all layers\n{w} bits" for w in widths]
     numbers = [r["random"]["policies"] for r in results.values() if "random" in r]
     if numbers:
@@ -173,7 +199,7 @@ def plot_accuracy(
     axis.set_xticks(range(len(ticks)), ticks)
     lows = [v for r in results.values() for v in r["uniform"].values()]
     lows += [r["random"]["worst"] for r in results.values() if "random" in r]
-    axis.set_ylim(100 * min(lows) - 2, min(100, 100 * max([*lows, float_top1 or 0]) + 2))
+    axis.set_ylim(100 * min(lows) - 2, min(100, 100 * max([*lows, baseline_top1 or 0]) + 2))
     axis.set_ylabel("test accuracy (%)")
     if axis.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper center", ncols=len(results) + 1)
