@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bitmixer_jax.bits import sample_random
-from bitmixer_jax.data import Dataset, Streamed, normalize
+from bitmixer_jax.data import Dataset, StreamingDataset, normalize
 from bitmixer_jax.devices import mine, places, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
@@ -50,7 +50,7 @@ class Evaluator:
     def __init__(
         self,
         model: Network,
-        data: Dataset | Streamed,
+        data: Dataset | StreamingDataset,
         mean: Any,
         std: Any,
         devices: Sequence[jax.Device] | None = None,
@@ -76,7 +76,7 @@ class Evaluator:
         own, here = places(devices, whole), mine(devices)
         self._shared = len(here) < len(devices)
         self._feed: Callable[[], Iterable[Any]]
-        if isinstance(data, Streamed):
+        if isinstance(data, StreamingDataset):
             self._feed = lambda: _stream(data, here, whole, own)
         else:
             resident = _place(data, here, whole, own)
@@ -197,7 +197,7 @@ def _place(data: Dataset, devices: Sequence[jax.Device], whole: int, own: np.nda
 
 
 def _stream(
-    data: Streamed, devices: Sequence[jax.Device], whole: int, own: np.ndarray
+    data: StreamingDataset, devices: Sequence[jax.Device], whole: int, own: np.ndarray
 ) -> Iterator[Any]:
     """The same, decoded on the way."""
     loader = data.evaluation(whole, own)

@@ -12,7 +12,6 @@ import errno
 import logging
 import os
 import pathlib
-import re
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,8 +23,16 @@ import numpy as np
 from bitmixer_jax import data as datasets
 from bitmixer_jax.bits import closest, save_policy
 from bitmixer_jax.cost import Cost, activation_peak, costs
-from bitmixer_jax.data import Dataset, Streamed
-from bitmixer_jax.data._splits import ALL, EmptySplit, complement, overlap, parse_split, split_names
+from bitmixer_jax.data import Dataset, StreamingDataset
+from bitmixer_jax.data.splits import (
+    ALL,
+    EmptySplit,
+    complement,
+    left_out,
+    overlap,
+    parse_split,
+    split_names,
+)
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
 from bitmixer_jax.files import cannot_write, check_folder, check_free, hold, user_path
@@ -155,12 +162,12 @@ class Trained:
         """How many images each of these splits has."""
         return {name: len(self.run.load(name, self.data_dir)) for name in names}
 
-    def _subset(self, data: Dataset | Streamed) -> Dataset:
+    def _subset(self, data: Dataset | StreamingDataset) -> Dataset:
         number = min(self.settings.images, len(data))
         rows = np.random.default_rng(self.settings.seed).permutation(len(data))[:number]
         return data.subset(rows)
 
-    def evaluator(self, data: Dataset | Streamed) -> Evaluator:
+    def evaluator(self, data: Dataset | StreamingDataset) -> Evaluator:
         """An Evaluator of this network."""
         size = self.run.evaluate_batch
         return Evaluator(self.model, data, data.mean, data.std, batch_size=size)
@@ -254,16 +261,6 @@ def _writable(path: pathlib.Path) -> pathlib.Path | None:
         )
         return None
     return path
-
-
-def left_out(split: str) -> str | None:
-    """What a training split of one part leaves: "train[45000:]" of "train[:45000]"; else None."""
-    match = re.fullmatch(r"([\w-]+)\[(-?[\d_.]+%?)?:(-?[\d_.]+%?)?\]", split)
-    if not match or not (match[2] or match[3]):
-        return None
-    name, start, stop = match.groups()
-    rest = [f"{name}[:{start}]"] * (start is not None) + [f"{name}[{stop}:]"] * (stop is not None)
-    return "+".join(rest)
 
 
 def search_workdir(

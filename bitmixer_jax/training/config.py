@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from bitmixer_jax import data as datasets
 from bitmixer_jax.bits import BitSpace, closest
-from bitmixer_jax.data import Dataset, Streamed, StreamSettings
+from bitmixer_jax.data import Dataset, StreamingDataset, StreamSettings
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.layers import Quantization
 from bitmixer_jax.models import MODELS, Network, create_model
@@ -178,7 +178,7 @@ class Run:
         """Whether this trains a float twin."""
         return self.stages[0].quantize == "nothing"
 
-    def load(self, split: str, data_dir: str | None = None) -> Dataset | Streamed:
+    def load(self, split: str, data_dir: str | None = None) -> Dataset | StreamingDataset:
         """Opens a split of the data set, from ``data_dir`` if it is not where training found it.
 
         The data of a trained network are normalised with the statistics of its training.
@@ -208,7 +208,7 @@ class Run:
         mean, std = (np.asarray(self.data_info[key], np.float32) for key in ("mean", "std"))
         return dataclasses.replace(data, mean=mean, std=std)
 
-    def network(self, data: Dataset | Streamed) -> Network:
+    def network(self, data: Dataset | StreamingDataset) -> Network:
         """The network for a data set."""
         return self.build(data.num_classes, data.image_shape)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitmixer_jax.data import Dataset, Loader, Streamed
+from bitmixer_jax.data import Dataset, Loader, StreamingDataset
 from bitmixer_jax.devices import places, replicate, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training.config import Run
@@ -42,7 +42,7 @@ class StreamFeed:
 
     streamed = True
 
-    def __init__(self, plan: Plan, data: Streamed, devices: Sequence[jax.Device]) -> None:
+    def __init__(self, plan: Plan, data: StreamingDataset, devices: Sequence[jax.Device]) -> None:
         """Decodes nothing before the first step is asked for."""
         self._plan, self._data, self._devices = plan, data, list(devices)
         self._loader: Loader | None = None
@@ -75,10 +75,10 @@ class StreamFeed:
 
 
 def make_feed(
-    plan: Plan, data: Dataset | Streamed, devices: Sequence[jax.Device]
+    plan: Plan, data: Dataset | StreamingDataset, devices: Sequence[jax.Device]
 ) -> ResidentFeed | StreamFeed:
     """The feed for a training set."""
-    if isinstance(data, Streamed):
+    if isinstance(data, StreamingDataset):
         return StreamFeed(plan, data, devices)
     return ResidentFeed(plan, data, devices)
 

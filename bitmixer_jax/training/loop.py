@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitmixer_jax.data import Dataset, Streamed, require_classes
+from bitmixer_jax.data import Dataset, StreamingDataset, require_classes
 from bitmixer_jax.devices import replicate
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, NeverVisited, evaluate
@@ -67,7 +67,7 @@ def train(
     check_path(workdir)
     run = configuration.read(config)
     train_data, test_data = run.load(run.train_split), run.load(run.test_split)
-    if isinstance(train_data, Streamed):
+    if isinstance(train_data, StreamingDataset):
         check_streamed(run)
     devices = list(devices or jax.devices())
     if run.batch_size % len(devices):
@@ -117,8 +117,8 @@ def train(
 def _train(
     plan: Plan,
     workdir: pathlib.Path,
-    train_data: Dataset | Streamed,
-    test_data: Dataset | Streamed,
+    train_data: Dataset | StreamingDataset,
+    test_data: Dataset | StreamingDataset,
     devices: list[jax.Device],
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to the end of the last stage."""
@@ -151,8 +151,8 @@ def _train(
 def _set_up(
     plan: Plan,
     workdir: pathlib.Path,
-    train_data: Dataset | Streamed,
-    test_data: Dataset | Streamed,
+    train_data: Dataset | StreamingDataset,
+    test_data: Dataset | StreamingDataset,
     devices: list[jax.Device],
     checkpoints: Checkpoints,
     opened: contextlib.ExitStack,
@@ -211,8 +211,8 @@ class _Trainer:
 
     plan: Plan
     workdir: pathlib.Path
-    train_data: Dataset | Streamed
-    test_data: Dataset | Streamed
+    train_data: Dataset | StreamingDataset
+    test_data: Dataset | StreamingDataset
     devices: list[jax.Device]
     checkpoints: Checkpoints
     metrics: Metrics

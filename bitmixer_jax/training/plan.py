@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from bitmixer_jax.data import Dataset, Order, Streamed, normalize
+from bitmixer_jax.data import Dataset, Order, StreamingDataset, normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import user_path
 from bitmixer_jax.models import Network
@@ -109,7 +109,7 @@ def make_plan(run: Run, model: Network, examples: int) -> Plan:
     return Plan(run, model, examples, per_epoch, tuple(int(end) for end in np.cumsum(lengths)))
 
 
-def initial_state(plan: Plan, train: Dataset | Streamed) -> TrainState:
+def initial_state(plan: Plan, train: Dataset | StreamingDataset) -> TrainState:
     """The state a run starts with: fresh, or from other weights (``config.init_from``)."""
     run, model = plan.run, plan.model
     images = train.subset(plan.rows(0)).images
