@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from bitmixer_jax import deprecated
-from bitmixer_jax.data import Dataset, Streamed, normalize
+from bitmixer_jax.data import Dataset, StreamingDataset, normalize
 from bitmixer_jax.devices import local_batch_indices, local_devices, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.inputs import check_policy
@@ -57,7 +57,7 @@ class Evaluator:
     def __init__(
         self,
         model: Network,
-        data: Dataset | Streamed,
+        data: Dataset | StreamingDataset,
         mean: Any,
         std: Any,
         devices: Sequence[jax.Device] | None = None,
@@ -83,7 +83,7 @@ class Evaluator:
         own, here = local_batch_indices(devices, whole), local_devices(devices)
         self._shared = len(here) < len(devices)
         self._feed: Callable[[], Iterable[Any]]
-        if isinstance(data, Streamed):
+        if isinstance(data, StreamingDataset):
             self._feed = lambda: _stream(data, here, whole, own)
         else:
             resident = _place(data, here, whole, own)
@@ -202,7 +202,7 @@ def _place(data: Dataset, devices: Sequence[jax.Device], whole: int, own: np.nda
 
 
 def _stream(
-    data: Streamed, devices: Sequence[jax.Device], whole: int, own: np.ndarray
+    data: StreamingDataset, devices: Sequence[jax.Device], whole: int, own: np.ndarray
 ) -> Iterator[Any]:
     """The same, decoded on the way."""
     loader = data.evaluation(whole, own)

@@ -6,8 +6,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, shown
 from bitmixer_jax.files import read_json, user_path
+
+__all__ = ["read_document", "shown"]
 
 
 def read_document(
@@ -41,9 +43,3 @@ def read_document(
     if type(found) is not int or found != version:
         raise UserError(f"{path}: {what} version {shown(found)}; this library reads {version}")
     return path, content
-
-
-def shown(value: Any) -> str:
-    """A value as a message quotes it: one line of at most 80 characters."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitmixer_jax import deprecated
-from bitmixer_jax.data import Dataset, ImageReader, Streamed
+from bitmixer_jax.data import Dataset, ImageReader, StreamingDataset
 from bitmixer_jax.data.image_files import reader_of_run
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
@@ -68,7 +68,7 @@ class Trained:
         run, mean = self.run, self.dataset_info["mean"]
         return reader_of_run(run.dataset, self.model.image_shape, mean, run.stream)
 
-    def load_split(self, split: str, data_dir: str | None = None) -> Dataset | Streamed:
+    def load_split(self, split: str, data_dir: str | None = None) -> Dataset | StreamingDataset:
         """Opens a split of the data set, normalised as in training. Arguments as `Run.load`."""
         return self.run.load(split, data_dir)
 

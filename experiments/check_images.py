@@ -14,7 +14,7 @@ import sys
 
 from rich.progress import track
 
-from bitmixer_jax.data import Streamed, StreamSettings, open_split
+from bitmixer_jax.data import StreamingDataset, StreamSettings, open_split
 from bitmixer_jax.errors import UserError
 
 
@@ -31,7 +31,7 @@ def main() -> int:
     data = open_split(
         given.name, given.split, given.data_dir, stream=settings, workers=given.workers
     )
-    if not isinstance(data, Streamed):
+    if not isinstance(data, StreamingDataset):
         print(f"{given.name} fits in memory and was read whole: {len(data)} images are good")
         return 0
     size = 256

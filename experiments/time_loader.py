@@ -16,7 +16,7 @@ import time
 
 import psutil
 
-from bitmixer_jax.data import Order, Streamed, StreamSettings, open_split
+from bitmixer_jax.data import Order, StreamingDataset, StreamSettings, open_split
 
 
 def cpu_seconds() -> float:
@@ -26,7 +26,7 @@ def cpu_seconds() -> float:
     return sum(t.user + t.system for t in times)
 
 
-def rate(data: Streamed, batch_size: int, batches: int) -> tuple[float, float]:
+def rate(data: StreamingDataset, batch_size: int, batches: int) -> tuple[float, float]:
     """Images per second, and per second of CPU time, once the workers are under way."""
     order = Order(0, len(data), batch_size)
     loader = data.training(order, 0, 10_000, flip=True)
@@ -54,7 +54,7 @@ def main() -> None:
     for decoder in given.decoder:
         settings = StreamSettings(decoder=decoder)
         data = open_split(given.name, given.split, given.data_dir, stream=settings)
-        assert isinstance(data, Streamed)
+        assert isinstance(data, StreamingDataset)
         for workers in given.workers:
             with_workers = dataclasses.replace(data, workers=workers)
             found, of_cpu = rate(with_workers, given.batch_size, given.batches)

@@ -177,7 +177,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from bitmixer_jax.data import default_data_dir, prepare
+    from bitmixer_jax.data import default_data_dir
+    from bitmixer_jax.preparation import prepare
 
     data_dir = arguments.data_dir or default_data_dir()
     print(f"ready: {prepare(arguments.name, arguments.source, data_dir)}")

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bitmixer_jax import data as datasets
-from bitmixer_jax.data import Dataset, Streamed, StreamSettings
+from bitmixer_jax.data import Dataset, StreamingDataset, StreamSettings
 from bitmixer_jax.deprecated import MODEL_SETTINGS, new_keys, tell
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.layers import QuantConfig
@@ -205,7 +205,7 @@ class Run:
         """Whether this trains a float twin."""
         return self.stages[0].quantize == "nothing"
 
-    def load(self, split: str, data_dir: str | None = None) -> Dataset | Streamed:
+    def load(self, split: str, data_dir: str | None = None) -> Dataset | StreamingDataset:
         """Opens a split of the data set, from ``data_dir`` if it is not where training found it.
 
         The data of a trained network are normalised with the statistics of its training.
@@ -235,7 +235,7 @@ class Run:
         mean, std = (np.asarray(self.dataset_info[key], np.float32) for key in ("mean", "std"))
         return dataclasses.replace(data, mean=mean, std=std)
 
-    def network(self, data: Dataset | Streamed) -> Network:
+    def network(self, data: Dataset | StreamingDataset) -> Network:
         """The network for a data set."""
         return self.build(data.num_classes, data.image_shape)
 

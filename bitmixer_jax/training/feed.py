@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitmixer_jax.data import Dataset, Loader, Streamed
+from bitmixer_jax.data import Dataset, Loader, StreamingDataset
 from bitmixer_jax.devices import local_batch_indices, replicate, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training.config import Run
@@ -45,7 +45,7 @@ class StreamFeed:
     streamed = True
 
     def __init__(
-        self, schedule: TrainSchedule, data: Streamed, devices: Sequence[jax.Device]
+        self, schedule: TrainSchedule, data: StreamingDataset, devices: Sequence[jax.Device]
     ) -> None:
         """Decodes nothing before the first step is asked for."""
         self._schedule, self._data, self._devices = schedule, data, list(devices)
@@ -79,10 +79,10 @@ class StreamFeed:
 
 
 def make_feed(
-    schedule: TrainSchedule, data: Dataset | Streamed, devices: Sequence[jax.Device]
+    schedule: TrainSchedule, data: Dataset | StreamingDataset, devices: Sequence[jax.Device]
 ) -> ResidentFeed | StreamFeed:
     """The feed for a training set."""
-    if isinstance(data, Streamed):
+    if isinstance(data, StreamingDataset):
         return StreamFeed(schedule, data, devices)
     return ResidentFeed(schedule, data, devices)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from bitmixer_jax import trained
-from bitmixer_jax.data import Dataset, Streamed, normalize
+from bitmixer_jax.data import Dataset, StreamingDataset, normalize
 from bitmixer_jax.files import user_path
 from bitmixer_jax.models import Network
 from bitmixer_jax.training.schedule import TrainSchedule, init
@@ -19,7 +19,7 @@ from bitmixer_jax.training.step import TrainState
 from bitmixer_jax.training.torchvision import load_torchvision
 
 
-def initial_state(schedule: TrainSchedule, train: Dataset | Streamed) -> TrainState:
+def initial_state(schedule: TrainSchedule, train: Dataset | StreamingDataset) -> TrainState:
     """The state a run starts with: fresh, or from other weights (``config.init_from``)."""
     run, model = schedule.run, schedule.model
     images = train.subset(schedule.rows(0)).images

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitmixer_jax.data import Dataset, Streamed, require_classes
+from bitmixer_jax.data import Dataset, StreamingDataset, require_classes
 from bitmixer_jax.devices import replicate
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.evaluation import Evaluator, UncalibratedPairs, evaluate
+from bitmixer_jax.evaluation import Evaluator, UncalibratedPairs, evaluate_protocols
 from bitmixer_jax.files import cannot_write, hold, user_path
 from bitmixer_jax.pairs import fill_uncalibrated_pairs
 from bitmixer_jax.trained import Trained
@@ -74,7 +74,7 @@ def train(
     check_path(workdir)
     run = configuration.read(config)
     train_data, test_data = run.load(run.train_split), run.load(run.test_split)
-    if isinstance(train_data, Streamed):
+    if isinstance(train_data, StreamingDataset):
         check_streamed(run)
     devices = list(devices or jax.devices())
     if run.batch_size % len(devices):
@@ -133,8 +133,8 @@ def train(
 def _train(
     schedule: TrainSchedule,
     workdir: pathlib.Path,
-    train_data: Dataset | Streamed,
-    test_data: Dataset | Streamed,
+    train_data: Dataset | StreamingDataset,
+    test_data: Dataset | StreamingDataset,
     devices: list[jax.Device],
 ) -> TrainState:
     """Trains from the newest checkpoint, or from the start; returns the state at the end."""
@@ -168,8 +168,8 @@ def _train(
 def _set_up(
     schedule: TrainSchedule,
     workdir: pathlib.Path,
-    train_data: Dataset | Streamed,
-    test_data: Dataset | Streamed,
+    train_data: Dataset | StreamingDataset,
+    test_data: Dataset | StreamingDataset,
     devices: list[jax.Device],
     checkpoints: Checkpoints,
     opened: contextlib.ExitStack,
@@ -228,8 +228,8 @@ class _Trainer:
 
     schedule: TrainSchedule
     workdir: pathlib.Path
-    train_data: Dataset | Streamed
-    test_data: Dataset | Streamed
+    train_data: Dataset | StreamingDataset
+    test_data: Dataset | StreamingDataset
     devices: list[jax.Device]
     checkpoints: Checkpoints
     metrics: Metrics
@@ -433,7 +433,7 @@ class _Trainer:
         step = int(state.step)
         visited = layout.widths == "layer" and not run.is_baseline
         try:
-            result = evaluate(
+            result = evaluate_protocols(
                 self.evaluators[stage],
                 state.variables,
                 random=run.evaluate_random if visited else 0,

@@ -143,7 +143,7 @@ def _with_new_names(config: dict[str, Any]) -> dict[str, Any]:
 def with_orientation(config: dict[str, Any]) -> dict[str, Any]:
     """Adds ``stream.orientation`` to a configuration that was saved before the setting existed.
 
-    Streamed images were not turned then. For sets in memory the setting has no meaning; for
+    StreamingDataset images were not turned then. For sets in memory the setting has no meaning; for
     ImageNet its default is what was done.
     """
     stream, about = config.get("stream", {}), config.get("dataset_info")

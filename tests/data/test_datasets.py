@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bitmixer_jax.data import Dataset, default_data_dir, load, open_split
-from bitmixer_jax.data._dataset import channel_stats
+from bitmixer_jax.data.in_memory import channel_stats
 from bitmixer_jax.errors import UserError
 
 

@@ -127,7 +127,7 @@ def test_sizes_are_checked_before_pixels_are_decoded(tmp_path, read, monkeypatch
         image.save(tmp_path / name)
     image.save(tmp_path / "lossless.webp", lossless=True)
     image.save(tmp_path / "frames.webp", save_all=True, append_images=[blue])
-    monkeypatch.setattr(decode, "MOST_PIXELS", 80)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 80)
     monkeypatch.setattr(PIL.Image.Image, "convert", None)
     for name in (*names, "lossless.webp", "frames.webp"):
         with pytest.raises(UserError, match="9 x 9 pixels; at most 80 are read"):

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from bitmixer_jax.data import _local, load, prepare
+from bitmixer_jax.data import load, local
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.preparation import prepare
 
 Arrays = dict[str, np.ndarray]
 Publish = Callable[..., pathlib.Path]
@@ -94,7 +95,7 @@ def test_an_interrupted_preparation_leaves_nothing(
     source = publish("idx", tmp_path / "source", mnist)
     with monkeypatch.context() as patch:
         if when == "writing":
-            patch.setattr(_local, "channel_stats", interrupt)  # after the arrays, before info
+            patch.setattr(local, "channel_stats", interrupt)  # after the arrays, before info
         else:
             patch.setattr(pathlib.Path, "rename", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -217,8 +218,8 @@ def test_a_split_does_not_read_the_other(
     prepared: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    digest = _local.sha256_file
-    monkeypatch.setattr(_local, "sha256_file", lambda path: read.append(path.name) or digest(path))
+    digest = local.sha256_file
+    monkeypatch.setattr(local, "sha256_file", lambda path: read.append(path.name) or digest(path))
     for _ in range(2):  # the second time nothing has changed
         load("mnist", "test", prepared)
     assert sorted(read) == ["test_images.npy", "test_labels.npy"]

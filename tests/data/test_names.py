@@ -11,8 +11,9 @@ import PIL.Image
 import pytest
 
 import bitmixer_jax
-from bitmixer_jax.data import find_images, prepare, read_images, require_classes
+from bitmixer_jax.data import find_images, read_images, require_classes
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.preparation import prepare
 from tests.data.streams import CLASSES, SKIP, opened
 
 

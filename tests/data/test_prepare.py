@@ -1,5 +1,6 @@
 """Preparation: every form gives the same arrays, and what is wrong does not get through."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -14,8 +15,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from bitmixer_jax.data import _sources, _specs, default_data_dir, load, prepare
+from bitmixer_jax.data import default_data_dir, load, local
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.preparation import archives, catalog, prepare
 
 CIFAR_FORMS = ("python", "binary", "sheets")
 
@@ -52,8 +54,11 @@ def test_cifar_archives(
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, "some/folder")
     digest = hashlib.md5(archive.read_bytes()).hexdigest()
-    known = _sources.Archive("usual.tgz", "md5", digest, form)
-    monkeypatch.setitem(_sources.ARCHIVES, "cifar10", (known,))
+    known = archives.Archive("usual.tgz", "md5", digest)
+    published = catalog.PUBLISHED["cifar10"]
+    formats = [dataclasses.replace(f, archive=known) for f in published.formats if f.name == form]
+    published = dataclasses.replace(published, formats=tuple(formats))
+    monkeypatch.setitem(catalog.PUBLISHED, "cifar10", published)
     prepare("cifar10", str(archive), str(tmp_path / "data"))
     check("cifar10", tmp_path / "data", cifar)
 
@@ -84,10 +89,11 @@ def test_real_checksums_are_in_force(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, publish: Publish
 ) -> None:
     """Without the tables replaced, what only looks like the data set is refused."""
-    for spec in _specs.SPECS.values():
-        assert set(spec.sha256) == set(_specs.array_shapes(spec))
-    real = _specs.SPECS["fashion_mnist"]
-    zeros = {n: np.zeros(shape, np.uint8) for n, shape in _specs.array_shapes(real).items()}
+    assert set(catalog.PUBLISHED) == set(local.SPECS)
+    for name, spec in local.SPECS.items():
+        assert set(catalog.PUBLISHED[name].sha256) == set(spec.array_shapes())
+    shapes = local.SPECS["fashion_mnist"].array_shapes()
+    zeros = {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}
     source = publish("idx", tmp_path / "source", zeros)
     with pytest.raises(UserError, match="train_images are not those of fashion_mnist: expected"):
         prepare("fashion_mnist", source, tmp_path / "data")
@@ -235,11 +241,11 @@ def test_gzip_is_not_unpacked_beyond_its_size(
 ) -> None:
     source = publish("idx", tmp_path / "source", mnist, zipped=True)
     packed = source / "train-images-idx3-ubyte.gz"
-    packed.write_bytes(gzip.compress(bytes(_sources.MOST_BYTES + 1)))
+    packed.write_bytes(gzip.compress(bytes(archives.MAX_FILE_BYTES + 1)))
     tracemalloc.start()
     with pytest.raises(UserError, match=r"idx3-ubyte\.gz cannot be read, .*more than 67,108,864"):
         prepare("mnist", source, tmp_path / "data")
-    assert tracemalloc.get_traced_memory()[1] < 4 * _sources.MOST_BYTES
+    assert tracemalloc.get_traced_memory()[1] < 4 * archives.MAX_FILE_BYTES
     tracemalloc.stop()
 
 

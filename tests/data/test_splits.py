@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from bitmixer_jax.data import load
-from bitmixer_jax.data._splits import complement, overlap, parse_split, split_names
+from bitmixer_jax.data.splits import complement, left_out, overlap, parse_split, split_names
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.preparation import prepare
 from tests.data.streams import opened
 
 COUNTS = {"train": 1437, "test": 360}
@@ -94,8 +95,6 @@ def test_sums_of_streamed_sets(form):
 
 
 def test_sums_of_prepared_sets_in_memory(mnist, publish, tmp_path):
-    from bitmixer_jax.data import prepare
-
     prepare("mnist", publish("idx", tmp_path / "source", mnist), tmp_path / "data")
     data = load("mnist", "train[-2:]+test[:25%]", tmp_path / "data")
     wanted = [*mnist["train_images"][-2:], *mnist["test_images"][:1]]
@@ -130,3 +129,28 @@ def test_names_overlap_and_complement():
     assert complement("train[:10]+train[20:30]", COUNTS) == "train[10:20]+train[30:]"
     assert complement("train[5:]+train[:7]+test[:-1]", COUNTS) == "test[359:]"
     assert complement("train+test", COUNTS) == ""
+
+
+@pytest.mark.parametrize(
+    ("split", "rest"),
+    [
+        ("train[:256]", "train[256:]"),
+        ("train[:90%]", "train[90%:]"),
+        ("train[1000:]", "train[:1000]"),
+        ("train[10%:]", "train[:10%]"),
+        ("train", None),
+        ("train[:]", None),
+        ("train[10:20]", "train[:10]+train[20:]"),
+        ("train[10%:90%]", "train[:10%]+train[90%:]"),
+        ("train[-10:]", "train[:-10]"),
+        ("train[:-10%]", "train[-10%:]"),
+    ],
+)
+def test_what_a_slice_leaves_out_without_counts(split, rest):
+    assert left_out(split) == rest
+
+
+@pytest.mark.parametrize("split", ["train[:256]", "train[10%:90%]", "train[-10:]", "train[:-10%]"])
+def test_left_out_and_complement_agree(split):
+    rest = parse_split(left_out(split), COUNTS)
+    assert rest == parse_split(complement(split, COUNTS), COUNTS)

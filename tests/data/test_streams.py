@@ -1,4 +1,4 @@
-"""Streamed images: a pure function of (seed, epoch, image), whoever decodes them."""
+"""StreamingDataset images: a pure function of (seed, epoch, image), whoever decodes them."""
 
 import dataclasses
 import multiprocessing
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import bitmixer_jax
-from bitmixer_jax.data import Order, _workers
+from bitmixer_jax.data import Order
+from bitmixer_jax.data.workers import min_shared_bytes
 from bitmixer_jax.errors import UserError
 from tests.data.streams import CLASSES, TRAIN, VALIDATION, opened, same, training
 
@@ -61,7 +62,7 @@ def test_a_stream_goes_on_from_the_middle_of_an_epoch(form):
 def test_hosts_take_disjoint_parts_that_make_up_the_batch(form):
     data = opened(form)
     whole = training(data)
-    parts = [training(data, take=np.arange(8)[2 * h : 2 * h + 2]) for h in range(4)]
+    parts = [training(data, local=np.arange(8)[2 * h : 2 * h + 2]) for h in range(4)]
     assert same(whole, [np.concatenate(x, axis=1) for x in zip(*parts, strict=True)])
 
 
@@ -200,8 +201,8 @@ def test_a_worker_that_dies_is_one_clear_error(pristine):
 def test_little_shared_memory_is_left_alone(monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 2**20))
-    assert _workers._least_shared(2**20) == 2**16
-    assert _workers._least_shared(2**30) > 2**40
+    assert min_shared_bytes(2**20) == 2**16
+    assert min_shared_bytes(2**30) > 2**40
 
 
 def test_one_split_under_two_names_is_refused(pictures):

@@ -10,7 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from bitmixer_jax.data import _tfds, load
+from bitmixer_jax.data import load
+from bitmixer_jax.data.tfds import find_prepared
 from bitmixer_jax.errors import UserError
 
 
@@ -79,7 +80,7 @@ def test_tfds(
     prepare_tfds: Prepare, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_tfds()
-    monkeypatch.setattr(_tfds, "_CHUNK", 7)
+    monkeypatch.setattr("bitmixer_jax.data.tfds.CHUNK", 7)
     train = load("tfds:toy_set", "train", tmp_path)
     assert train.classes == ("cat", "dog")
     assert train.image_shape == (6, 5, 3)
@@ -107,7 +108,7 @@ def test_tfds_default_folder_and_newest_version(
 ) -> None:
     prepare_tfds("9.0.0")
     newest = prepare_tfds("10.0.0")
-    assert _tfds.find_prepared("toy_set", [tmp_path]) == newest
+    assert find_prepared("toy_set", [tmp_path]) == newest
     monkeypatch.setenv("BITMIXER_DATA", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     assert len(load("toy_set", "test")) == 6

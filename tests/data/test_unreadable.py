@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from bitmixer_jax.data import Order, StreamSettings, prepare
+from bitmixer_jax.data import Order, StreamSettings
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.preparation import imagenet, prepare
 from tests.data.streams import SKIP, SMALL, VALIDATION, opened, same, training
 
 
@@ -122,18 +123,8 @@ def test_no_folder_of_classes_and_unknown_splits_are_refused(pristine):
 
 def shards(pictures, tmp_path, number):
     """Records of the pictures, with the training examples in ``number`` files."""
-    import tensorflow_datasets as tfds
-
-    from bitmixer_jax.data import _imagenet
-
-    classes, splits = _imagenet._from_folders(pictures)
-    files = splits["train"]()
-    builder = _imagenet._builder({"train": lambda: files}, classes)(
-        data_dir=tmp_path, file_format="array_record"
-    )
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False, num_shards=number)
-    )
+    classes, splits = imagenet.images_of_folders(pictures)
+    imagenet.write_splits(classes, {"train": splits["train"]}, tmp_path, num_shards=number)
     return sorted((tmp_path / "imagenet2012/5.1.0").glob("*train*"))
 
 

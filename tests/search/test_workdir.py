@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
+from bitmixer_jax.search.workdir import Settings, Trained, front_workdir, search_workdir
 
 from bitmixer_jax import data
 from bitmixer_jax.cost import activation_peak, costs
@@ -18,7 +19,6 @@ from bitmixer_jax.front import load_front
 from bitmixer_jax.policy import load_policy
 from bitmixer_jax.search import METHODS, IntegerProgram, Problem
 from bitmixer_jax.search import workdir as workdirs
-from bitmixer_jax.search.workdir import Settings, Trained, front_workdir, left_out, search_workdir
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
 
@@ -272,25 +272,6 @@ def test_settings_that_are_not_allowed_are_one_line(changes, message):
 
 
 # --- which images score policies ---
-
-
-@pytest.mark.parametrize(
-    ("split", "rest"),
-    [
-        ("train[:256]", "train[256:]"),
-        ("train[:90%]", "train[90%:]"),
-        ("train[1000:]", "train[:1000]"),
-        ("train[10%:]", "train[:10%]"),
-        ("train", None),
-        ("train[:]", None),
-        ("train[10:20]", "train[:10]+train[20:]"),
-        ("train[10%:90%]", "train[:10%]+train[90%:]"),
-        ("train[-10:]", "train[:-10]"),
-        ("train[:-10%]", "train[-10%:]"),
-    ],
-)
-def test_what_training_left_out(split, rest):
-    assert left_out(split) == rest
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Streamed pictures with the smallest network: steps take milliseconds."""
+"""StreamingDataset pictures with the smallest network: steps take milliseconds."""
 
 from bitmixer_jax.training import baseline_config, default_config
 

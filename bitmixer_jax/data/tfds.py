@@ -1,6 +1,9 @@
-"""Data sets of tensorflow-datasets, already prepared as array_record: read without TensorFlow."""
+"""Data sets that tensorflow-datasets prepared as array_record, read without TensorFlow."""
 
+import bisect
+import dataclasses
 import functools
+import logging
 import os
 import pathlib
 import re
@@ -9,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.data._dataset import Dataset, histogram_stats, histograms
-from bitmixer_jax.data._encoded import open_records
-from bitmixer_jax.data._names import reason_of
-from bitmixer_jax.data._splits import parse_split
+from bitmixer_jax.data.in_memory import Dataset, histogram_stats, histograms
 from bitmixer_jax.data.settings import StreamSettings
-from bitmixer_jax.data.streams import Streamed
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.data.splits import Part, parse_split
+from bitmixer_jax.data.streams import StreamingDataset
+from bitmixer_jax.errors import UserError, listed, reason
+
+_log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"(?P<path>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<version>\d+\.\d+\.\d+))?")
-_CHUNK = 1024
+CHUNK = 1024  # examples that `load_prepared` decodes at once
 
 
 def default_dir() -> pathlib.Path:
@@ -50,20 +53,20 @@ def find_prepared(name: str, folders: Sequence[pathlib.Path]) -> pathlib.Path | 
 def load_prepared(
     name: str, tfds_name: str, split: str, folders: Sequence[pathlib.Path]
 ) -> Dataset:
-    """Loads from array_record files; `name` is for messages and for the result."""
+    """Loads a split of a prepared data set, as `load` does; `name` is for messages."""
     folder = _prepared(name, tfds_name, folders)
     builder = _builder(folder)
-    features, splits = builder.info.features, builder.info.splits
-    parts = parse_split(split, {key: splits[key].num_examples for key in splits})
-    if "train" not in splits:
+    parts = _parts(builder, split)
+    if "train" not in builder.info.splits:
         raise UserError(
             f"{folder} has no split named train, whose mean and standard deviation normalise the "
-            f"images; it has {', '.join(splits)}"
+            f"images; it has {', '.join(builder.info.splits)}"
         )
     mean, std = _train_stats(folder)
     chunks = [chunk for part in parts for chunk in _chunks(folder, *part)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*chunks, strict=True))
-    return Dataset(name, split, images, labels, tuple(features["label"].names), mean, std)
+    classes = tuple(builder.info.features["label"].names)
+    return Dataset(name, split, images, labels, classes, mean, std)
 
 
 def stream_prepared(
@@ -73,14 +76,19 @@ def stream_prepared(
     folders: Sequence[pathlib.Path],
     settings: StreamSettings,
     workers: int,
-) -> Streamed | None:
-    """The same, streamed; None where all images have one size, so that `load_prepared` serves."""
+) -> StreamingDataset | None:
+    """Opens the same as a stream. Returns None if all images have one size: load those."""
     folder = _prepared(name, tfds_name, folders)
     builder = _builder(folder)
     if None not in builder.info.features["image"].shape[:2]:
         return None
     source, classes = open_records(folder, builder, split, settings.skip_unreadable)
-    return Streamed(name, split, classes, source, settings, workers)
+    return StreamingDataset(name, split, classes, source, settings, workers)
+
+
+def _parts(builder: Any, split: str) -> tuple[Part, ...]:
+    splits = builder.info.splits
+    return parse_split(split, {key: splits[key].num_examples for key in splits})
 
 
 def _prepared(name: str, tfds_name: str, folders: Sequence[pathlib.Path]) -> pathlib.Path:
@@ -95,7 +103,7 @@ def _prepared(name: str, tfds_name: str, folders: Sequence[pathlib.Path]) -> pat
 
 
 def _builder(folder: pathlib.Path) -> Any:
-    """Opens a prepared data set, and checks that its examples can be read and are ours to use."""
+    """Opens a prepared data set, and checks that its examples are labelled uint8 images."""
     try:
         import array_record.python  # noqa: F401
         import tensorflow_datasets as tfds
@@ -109,19 +117,19 @@ def _builder(folder: pathlib.Path) -> Any:
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise ValueError(f"{path.name} is not a regular file")
         builder = tfds.builder_from_directory(folder)
-        form = builder.info.file_format.value
+        file_format = builder.info.file_format.value
         sizes = {key: split.num_examples for key, split in builder.info.splits.items()}
         if not sizes or min(sizes.values()) < 0:
             raise ValueError(f"splits of {sizes} examples")
     except Exception as error:  # a damaged description raises nearly anything
         raise UserError(
-            f"{folder} is damaged: its description cannot be read ({reason_of(error)}); prepare it "
+            f"{folder} is damaged: its description cannot be read ({reason(error)}); prepare it "
             "again"
         ) from None
-    if form != "array_record":
+    if file_format != "array_record":
         raise UserError(
-            f"{folder} is stored as {form}, which cannot be read without TensorFlow: prepare it "
-            "again with file_format='array_record'"
+            f"{folder} is stored as {file_format}, which cannot be read without TensorFlow: "
+            "prepare it again with file_format='array_record'"
         )
     features = builder.info.features
     is_dict = isinstance(features, tfds.features.FeaturesDict)
@@ -144,13 +152,13 @@ def _chunks(
     """Yields examples `start .. stop - 1`: images `[n, H, W, C]` uint8 and labels `[n]` int32."""
     source = _builder(folder).as_data_source(split=part)
     shape: tuple[int, ...] | None = None
-    for first in range(start, stop, _CHUNK):
+    for first in range(start, stop, CHUNK):
         try:
-            examples = source.__getitems__(list(range(first, min(first + _CHUNK, stop))))
+            examples = source.__getitems__(list(range(first, min(first + CHUNK, stop))))
         except Exception as error:  # a damaged record, too
-            last = min(first + _CHUNK, stop) - 1
+            last = min(first + CHUNK, stop) - 1
             raise UserError(
-                f"{folder} {part}: examples {first} to {last} cannot be read ({reason_of(error)}); "
+                f"{folder} {part}: examples {first} to {last} cannot be read ({reason(error)}); "
                 "prepare it again"
             ) from None
         shapes = {example["image"].shape for example in examples}
@@ -169,7 +177,97 @@ def _chunks(
 
 @functools.lru_cache(maxsize=8)
 def _train_stats(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `channel_stats` of the training split, in memory only a chunk at a time."""
+    """Returns `channel_stats` of the training split; one chunk at a time is in memory."""
     count = _builder(folder).info.splits["train"].num_examples
     counts = sum(histograms(images) for images, _ in _chunks(folder, "train", 0, count))
     return histogram_stats(np.asarray(counts))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordSource:
+    """Encoded images of a prepared data set.
+
+    Attributes:
+      where: what to call the data set in messages.
+      records: gives ``{"image": bytes, "label": int, ...}`` by index, without TensorFlow.
+      starts: index of the first example of each shard, which is a file of records.
+      unreadable: why a shard cannot be read, by the number of the shard.
+      classes: number of classes.
+    """
+
+    where: str
+    records: Any
+    starts: tuple[int, ...]
+    unreadable: dict[int, str]
+    classes: int
+
+    def __len__(self) -> int:
+        """Number of examples, in all shards."""
+        return len(self.records)
+
+    def name(self, index: int) -> str:
+        """Returns the index of an example, with the name of its image file if that is known."""
+        try:
+            file = self.records[index].get("file_name", b"").decode(errors="replace")
+        except Exception:
+            file = ""
+        return f"{self.where} example {index}" + (f" ({file})" if file else "")
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """See Source."""
+        shard = bisect.bisect_right(self.starts, index) - 1
+        if shard in self.unreadable:
+            raise OSError(self.unreadable[shard])
+        record = self.records[index]
+        label = int(record["label"])
+        if not 0 <= label < self.classes:
+            raise ValueError(f"label {label}, where 0..{self.classes - 1} is allowed")
+        return bytes(record["image"]), label
+
+
+def open_records(
+    folder: pathlib.Path, builder: Any, split: str, skip_unreadable: bool
+) -> tuple[RecordSource, tuple[str, ...]]:
+    """Opens the records of a split, or of a slice of it; also returns the classes.
+
+    This opens every shard once and counts its examples, so that an unreadable one is known before
+    the work begins. It is an error, or with `skip_unreadable` a warning.
+    """
+    import tensorflow_datasets as tfds
+
+    parts = _parts(builder, split)
+    absolute = "+".join(f"{name}[{start}:{stop}]" for name, start, stop in parts)
+    records = builder.as_data_source(split=absolute, decoders={"image": tfds.decode.SkipDecoding()})
+    shards = builder.info.splits[absolute].file_instructions
+    starts = tuple(int(n) for n in np.cumsum([0, *(s.take for s in shards)])[:-1])
+    faults = [_fault(shard.filename, shard.examples_in_shard) for shard in shards]
+    unreadable = {i: fault for i, fault in enumerate(faults) if fault}
+    if unreadable:
+        images = sum(shards[i].take for i in unreadable)
+        text = (
+            f"{folder} {split}: {len(unreadable)} of {len(shards)} files of records cannot be "
+            f"read, with {images} of {len(records)} images: {listed(list(unreadable.values()))}"
+        )
+        if not skip_unreadable or len(unreadable) == len(shards):
+            raise UserError(f"{text}; get them again, or set config.stream.skip_unreadable=True")
+        _log.warning("%s", text)
+    names = tuple(builder.info.features["label"].names)
+    where = f"{builder.info.name} {split}"
+    return RecordSource(where, records, starts, unreadable, len(names)), names
+
+
+def _fault(path: str, expected: int) -> str:
+    """Returns why a file of records cannot be used, or "" if it can."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    name = pathlib.Path(path).name
+    if os.path.exists(path) and not os.path.isfile(path):
+        return f"{name} (not a regular file)"
+    try:
+        reader = ArrayRecordReader(os.fspath(path))
+        found = reader.num_records()
+        reader.close()
+    except Exception as error:
+        # The library says what is wrong before the first semicolon, and where after it.
+        return f"{name} ({reason(error).partition(';')[0]})"
+    return "" if found == expected else f"{name} ({found} examples, {expected} expected)"

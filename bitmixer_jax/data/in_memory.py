@@ -1,4 +1,4 @@
-"""What a data set in memory is: one split of it or a slice, with the statistics of its channels."""
+"""A data set in memory, with the mean and standard deviation of its channels."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """One split, or a slice of one, of a labelled image set, in memory.
+    """One split of a labelled image set, or a slice of one, in memory.
 
     Attributes:
       name: name of the data set, as given to `load`.
@@ -15,9 +15,21 @@ class Dataset:
       images: `[N, H, W, C]` uint8.
       labels: `[N]` int32, in `0 .. num_classes - 1`.
       classes: names of the classes, in the order of the labels.
-      mean: `[C]` float32, per-channel mean of the whole *training* split, in units of 0..255,
-        whichever split this is: evaluation normalises with the statistics of training.
-      std: `[C]` float32, per-channel standard deviation of the same; never zero.
+      mean: `[C]` float32, the mean of each channel over the whole *training* split, in units of
+        0..255. Every split has the statistics of training, because evaluation normalises by them.
+      std: `[C]` float32, the standard deviation of the same; never zero.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit together, or a label has no class.
+
+    Example:
+      >>> import numpy as np
+      >>> from bitmixer_jax.data import Dataset
+      >>> images = np.zeros((3, 8, 8, 1), np.uint8)
+      >>> labels, one = np.asarray([0, 1, 1], np.int32), np.ones(1, np.float32)
+      >>> data = Dataset("toy", "train", images, labels, ("cat", "dog"), mean=one, std=one)
+      >>> len(data), data.num_classes, data.image_shape
+      (3, 2, (8, 8, 1))
     """
 
     name: str
@@ -29,12 +41,12 @@ class Dataset:
     std: np.ndarray
 
     def __post_init__(self) -> None:
-        """Raises ValueError where shapes, dtypes or labels contradict each other."""
+        """Checks shapes, dtypes and labels."""
         images, labels = self.images, self.labels
         if images.ndim != 4 or images.dtype != np.uint8:
-            raise ValueError(f"images must be uint8 [N, H, W, C], got {kind(images)}")
+            raise ValueError(f"images must be uint8 [N, H, W, C], got {dtype_and_shape(images)}")
         if labels.shape != images.shape[:1] or labels.dtype != np.int32:
-            raise ValueError(f"labels must be int32 [{len(images)}], got {kind(labels)}")
+            raise ValueError(f"labels must be int32 [{len(images)}], got {dtype_and_shape(labels)}")
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
             raise ValueError(
                 f"{self.name} {self.split}: labels must lie in 0..{len(self.classes) - 1}, "
@@ -43,7 +55,7 @@ class Dataset:
         for field, values in (("mean", self.mean), ("std", self.std)):
             if values.shape != images.shape[3:] or values.dtype != np.float32:
                 wanted = f"float32 [{images.shape[3]}]"
-                raise ValueError(f"{field} must be {wanted}, got {kind(values)}")
+                raise ValueError(f"{field} must be {wanted}, got {dtype_and_shape(values)}")
 
     @property
     def num_classes(self) -> int:
@@ -61,15 +73,15 @@ class Dataset:
         return len(self.images)
 
     def subset(self, rows: np.ndarray) -> "Dataset":
-        """These examples alone: ``rows`` int ``[M]``."""
+        """Returns the examples of the given indices, int ``[M]``."""
         return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
 
 
 def channel_stats(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the per-channel mean and standard deviation of images, in units of 0..255.
+    """Returns the mean and standard deviation of each channel, in units of 0..255.
 
-    Computed from the exact histogram of each channel, so the result does not depend on the order
-    of a summation. A constant channel gets standard deviation 1, so that one can divide by it.
+    The exact histogram of each channel gives both, so the result does not depend on the order of a
+    summation. A constant channel gets standard deviation 1, so that one can divide by it.
 
     Args:
       images: `[N, H, W, C]` uint8, at least one.
@@ -81,16 +93,16 @@ def channel_stats(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def histograms(images: np.ndarray) -> np.ndarray:
-    """Counts pixels by value: `[N, H, W, C]` uint8 to `[C, 256]` int64."""
+    """Counts the pixels of each value: `[N, H, W, C]` uint8 to `[C, 256]` int64."""
     counts = np.zeros((images.shape[3], 256), np.int64)
-    for start in range(0, len(images), 4096):  # bincount wants int64 copies: keep them small
+    for start in range(0, len(images), 4096):  # bincount copies to int64: keep the copies small
         for channel, row in enumerate(counts):
             row += np.bincount(images[start : start + 4096, ..., channel].ravel(), minlength=256)
     return counts
 
 
 def histogram_stats(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, each `[C]` float32, from pixel counts `[C, 256]`."""
+    """Returns mean and standard deviation, each `[C]` float32, from counts `[C, 256]`."""
     share = counts / counts.sum(axis=1, keepdims=True)
     values = np.arange(256)
     mean = share @ values
@@ -99,6 +111,6 @@ def histogram_stats(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), std.astype(np.float32)
 
 
-def kind(array: np.ndarray) -> str:
-    """Dtype and shape of an array, for messages."""
+def dtype_and_shape(array: np.ndarray) -> str:
+    """Returns dtype and shape of an array, for messages."""
     return f"{array.dtype} {list(array.shape)}"

@@ -1,4 +1,7 @@
-"""ImageNet as records: its archives or a folder, as tensorflow-datasets would, no TensorFlow."""
+"""Writes ImageNet as records, from its archives or from a folder of classes.
+
+The records are those that tensorflow-datasets would write, but this needs no TensorFlow.
+"""
 
 import functools
 import importlib.util
@@ -8,21 +11,21 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from bitmixer_jax.data._encoded import FolderSource, open_folder
-from bitmixer_jax.data._names import listed
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.data.folders import FolderSource, open_folder
+from bitmixer_jax.errors import UserError, listed, reason
 
 NAME, VERSION = "imagenet2012", "5.1.0"
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
-_Files = Iterator[tuple[str, str, bytes]]  # class, name and content of each image
+Images = Iterator[tuple[str, str, bytes]]  # class, file name and content of each image
+Splits = Mapping[str, Callable[[], Images]]
 
 
 def write_records(source: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
-    """Writes `data_dir/imagenet2012/5.1.0` as ArrayRecord; one that is there is left as it is.
+    """Writes `data_dir/imagenet2012/5.1.0` as array_record, unless it is there.
 
-    The files are copied as they are, shuffled. The folder has its name only when it is whole. Needs
-    twice the space of the images meanwhile.
+    It copies the image files unchanged, in shuffled order. The folder gets its name when it is
+    complete. Meanwhile the images take twice their space.
 
     Args:
       source: folder with the two archives of ImageNet, or with `train/CLASS/*.JPEG` and
@@ -35,56 +38,52 @@ def write_records(source: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
     if (target / "dataset_info.json").is_file():
         return target
     try:
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets  # noqa: F401 -- before the work
 
         archives = (source / TRAIN_TAR).is_file() or (source / VALIDATION_TAR).is_file()
-        classes, splits = (_from_archives if archives else _from_folders)(source)
+        classes, splits = (images_of_archives if archives else images_of_folders)(source)
         data_dir.mkdir(parents=True, exist_ok=True)
-        builder = _builder(splits, classes)(data_dir=data_dir, file_format="array_record")
-        # Nothing is to be fetched: without this it would ask a server first.
-        config = tfds.download.DownloadConfig(try_download_gcs=False)
-        builder.download_and_prepare(download_config=config)
+        write_splits(classes, splits, data_dir)
     except ImportError as error:
         raise UserError(f"preparing imagenet needs tensorflow-datasets ({error})") from error
     except tarfile.TarError as error:
-        raise UserError(f"{source}: an archive is truncated or wrong: {error}") from error
+        raise UserError(f"{source}: an archive is truncated or wrong: {reason(error)}") from error
     except OSError as error:
         raise UserError(f"cannot prepare {target} from {source}: {error}") from error
     return target
 
 
-def _from_folders(
-    source: pathlib.Path,
-) -> tuple[tuple[str, ...], dict[str, Callable[[], _Files]]]:
-    """Classes, and what gives the files of each split."""
+def images_of_folders(source: pathlib.Path) -> tuple[tuple[str, ...], Splits]:
+    """Returns the classes of a folder, and a function for each split that reads its images."""
     found = {
         split: open_folder(source, split, skip_unreadable=False)
         for split in ("train", "validation")
     }
     classes = found["train"][1]
     for name in classes:
-        if not name.isprintable():  # nor what is not UTF-8
+        if not name.isprintable():  # names that are not UTF-8 are not printable either
             raise UserError(
                 f"{source}: the class {name!a} has a name that records cannot hold; rename it"
             )
 
-    def files(images: FolderSource) -> _Files:
+    def read(images: FolderSource) -> Images:
         for index in range(len(images)):
             data, label = images.read(index)
             name = os.fsencode(pathlib.Path(images.name(index)).name)
             yield classes[label], name.decode(errors="backslashreplace"), data
 
-    return classes, {split: functools.partial(files, one) for split, (one, _) in found.items()}
+    return classes, {split: functools.partial(read, one) for split, (one, _) in found.items()}
 
 
-def _from_archives(
-    source: pathlib.Path,
-) -> tuple[tuple[str, ...], dict[str, Callable[[], _Files]]]:
-    """The same from the archives: one of an archive for each class, one of 50,000 images."""
+def images_of_archives(source: pathlib.Path) -> tuple[tuple[str, ...], Splits]:
+    """Returns the same for the two archives of ImageNet.
+
+    That of training holds an archive for each class, that of validation 50,000 images.
+    """
     for name in (TRAIN_TAR, VALIDATION_TAR):
         if not (source / name).is_file():
             raise UserError(f"{source}: {name} is missing; both archives are needed")
-    classes, of_validation = _labels()
+    classes, of_validation = published_labels()
     with tarfile.open(source / TRAIN_TAR) as outer:
         missing = sorted({f"{name}.tar" for name in classes} - {*outer.getnames()})
     if missing:
@@ -99,14 +98,14 @@ def _from_archives(
             f"{source / VALIDATION_TAR}: expected {len(of_validation)} images, found {len(images)}"
         )
 
-    def train() -> _Files:
+    def train() -> Images:
         with tarfile.open(source / TRAIN_TAR) as outer:
             for name in classes:
                 with tarfile.open(fileobj=outer.extractfile(f"{name}.tar")) as inner:
                     yield from ((name, *file) for file in _members(inner))
 
-    def validation() -> _Files:
-        labels = dict(zip(images, of_validation, strict=True))  # theirs are in the order of names
+    def validation() -> Images:
+        labels = dict(zip(images, of_validation, strict=True))  # both in the order of the names
         with tarfile.open(source / VALIDATION_TAR) as archive:
             yield from ((labels[name], name, data) for name, data in _members(archive))
 
@@ -120,8 +119,8 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
             yield member.name, file.read()
 
 
-def _labels() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The classes, and the class of each validation image, as tensorflow-datasets lists them."""
+def published_labels() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns what tensorflow-datasets lists: the classes, and that of each validation image."""
     found = importlib.util.find_spec("tensorflow_datasets")
     assert found is not None
     assert found.origin is not None
@@ -131,8 +130,10 @@ def _labels() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return classes, validation
 
 
-def _builder(splits: Mapping[str, Callable[[], _Files]], classes: tuple[str, ...]) -> Any:
-    """The builder class of these files, with the features of the stock imagenet2012."""
+def write_splits(
+    classes: tuple[str, ...], splits: Splits, data_dir: pathlib.Path, num_shards: int | None = None
+) -> None:
+    """Writes images as imagenet2012 of tensorflow-datasets, which chooses `num_shards` if None."""
     import tensorflow_datasets as tfds
 
     class Imagenet2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -156,8 +157,11 @@ def _builder(splits: Mapping[str, Callable[[], _Files]], classes: tuple[str, ...
         def _split_generators(self, _: Any) -> dict[str, Any]:
             return {split: self._generate_examples(files()) for split, files in splits.items()}
 
-        def _generate_examples(self, files: _Files) -> Iterator[tuple[str, Any]]:
+        def _generate_examples(self, files: Images) -> Iterator[tuple[str, Any]]:
             for label, name, data in files:
                 yield f"{label}/{name}", {"image": data, "label": label, "file_name": name}
 
-    return Imagenet2012
+    builder = Imagenet2012(data_dir=data_dir, file_format="array_record")
+    # Without `try_download_gcs=False` it would ask a server first.
+    config = tfds.download.DownloadConfig(try_download_gcs=False, num_shards=num_shards)
+    builder.download_and_prepare(download_config=config)

@@ -1,8 +1,7 @@
-"""Reads CIFAR-10's pickled batches with a minimal unpickler that runs no code.
+"""Reads the pickled batches of CIFAR-10 with a minimal unpickler that runs no code.
 
-Python's own unpickler would run code of the file, and a damaged pickle makes it take gigabytes.
-This one knows numbers, texts, lists, dictionaries and arrays; its work is bounded by the size of
-the file.
+The unpickler of Python would run code from the file, and a damaged pickle makes it take gigabytes.
+This one knows numbers, texts, lists, dictionaries and arrays. The size of the file bounds its work.
 """
 
 import pickletools
@@ -10,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.data._names import one_line
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, reason
 
-_MOST_STEPS = 200_000  # a batch of 10,000 images takes some 40,000
+_MAX_STEPS = 200_000  # a batch of 10,000 images takes some 40,000
 _GLOBALS = ("numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype")
 _VALUES = {
     *("BININT", "BININT1", "BININT2", "SHORT_BINSTRING", "BINSTRING", "BINUNICODE"),
@@ -24,12 +22,12 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Array:
-    """Stands in for `numpy.ndarray`: keeps what the pickle says of it."""
+    """Stands for a `numpy.ndarray`: keeps its pickled state."""
 
     state: Any = ()
 
     def rows(self, count: int, size: int) -> np.ndarray:
-        """The array, uint8 ``[count, size]``. Raises ValueError or TypeError if it is another."""
+        """Returns the array if it is uint8 ``[count, size]``; else ValueError or TypeError."""
         _, shape, dtype, fortran, raw = self.state
         if not isinstance(dtype, _Dtype) or dtype.code not in (b"u1", "u1"):
             raise ValueError("the array is not of unsigned bytes")
@@ -39,14 +37,14 @@ class Array:
 
 
 class _Dtype:
-    """Stands in for `numpy.dtype`."""
+    """Stands for a `numpy.dtype`."""
 
     def __init__(self, code: Any) -> None:
         self.code = code
 
 
 class _Global:
-    """Stands in for what a pickle names."""
+    """Stands for a function or class that the pickle names."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -56,32 +54,29 @@ _MARK = object()
 
 
 def read_batch(data: bytes, where: str) -> Any:
-    """Reads a pickled batch: dictionaries, lists, numbers, texts and `Array`.
-
-    Args:
-      data: the file, of protocol 2 or 3; the texts of Python 2 become bytes.
-      where: names it in messages.
+    """Reads a pickled batch, of protocol 2 or 3. The texts of Python 2 become bytes.
 
     Raises:
-      UserError: it is damaged, or holds what no batch of CIFAR-10 needs.
+      UserError: the file is damaged, or holds something that no batch of CIFAR-10 needs.
     """
     try:
         return _run(data)
     except Exception as error:  # a damaged pickle may raise nearly anything
-        reason = one_line(error)[:200] or type(error).__name__
-        raise UserError(f"{where} is damaged or not a batch of CIFAR-10: {reason}") from None
+        message = f"{where} is damaged or not a batch of CIFAR-10: {reason(error)}"
+        raise UserError(message) from None
 
 
 def _run(data: bytes) -> Any:
+    """Carries out the operations of a pickle on a stack, as `pickletools` documents them."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
     for step, (code, argument, _) in enumerate(pickletools.genops(data)):
-        if step >= _MOST_STEPS:
-            raise ValueError(f"it takes more than {_MOST_STEPS:,} steps")
+        if step >= _MAX_STEPS:
+            raise ValueError(f"it takes more than {_MAX_STEPS:,} steps")
         name = code.name
         if name in _VALUES:
-            # `pickletools` gives the bytes of Python 2's texts as characters.
+            # `pickletools` gives the bytes of Python 2 texts as characters.
             text = name in ("SHORT_BINSTRING", "BINSTRING")
             stack.append(argument.encode("latin-1") if text else argument)
         elif name in ("BINPUT", "LONG_BINPUT"):
@@ -128,7 +123,7 @@ def _run(data: bytes) -> Any:
             state = stack.pop()
             if isinstance(stack[-1], Array):
                 stack[-1].state = state
-            elif not isinstance(stack[-1], _Dtype):  # whose byte order bytes do not need
+            elif not isinstance(stack[-1], _Dtype):  # its state is the byte order: bytes need none
                 raise ValueError("it sets the state of an object that is no array")
         elif name == "STOP":
             return stack.pop()
@@ -138,18 +133,19 @@ def _run(data: bytes) -> Any:
 
 
 def _marked(stack: list[Any]) -> list[Any]:
-    """Takes what lies above the last mark, and the mark."""
-    place = len(stack) - 1
-    while place >= 0 and stack[place] is not _MARK:
-        place -= 1
-    if place < 0:
+    """Removes the items above the last mark and the mark itself; returns the items."""
+    mark = len(stack) - 1
+    while mark >= 0 and stack[mark] is not _MARK:
+        mark -= 1
+    if mark < 0:
         raise ValueError("a mark is missing")
-    items = stack[place + 1 :]
-    del stack[place:]
+    items = stack[mark + 1 :]
+    del stack[mark:]
     return items
 
 
 def _last(stack: list[Any], kind: type) -> Any:
+    """Returns the last item, which must be of a type."""
     if not stack or type(stack[-1]) is not kind:
         raise ValueError(f"there is no {kind.__name__.strip('_').lower()} where it needs one")
     return stack[-1]

@@ -1,4 +1,4 @@
-"""Processes that work ahead of the training, and end with it."""
+"""Processes that decode images ahead of the training, and that end with it."""
 
 import multiprocessing
 import os
@@ -12,14 +12,14 @@ from typing import Any
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import read_bytes
 
-_BUFFER = 2  # items each worker may be ahead
-_MOST = 32
+_BUFFER = 2  # items that each worker may be ahead
+_MAX_WORKERS = 32
 _GUARD = 'if __name__ == "__main__"'
 
 
 def number_of(workers: int) -> int:
-    """How many workers there are: those asked for, or one for each core."""
-    return workers if workers >= 0 else min(_cores(), _MOST)
+    """Returns the number of workers: as many as asked for, or one for each core if negative."""
+    return workers if workers >= 0 else min(_cores(), _MAX_WORKERS)
 
 
 def _cores() -> int:
@@ -30,7 +30,7 @@ def _cores() -> int:
 
 
 def check_main(workers: int) -> None:
-    """Says before the work that decoding processes, which import the main script, cannot start.
+    """Checks that decoding processes, which import the main script, can start.
 
     Raises:
       UserError: the script comes from standard input, has no main guard, or is being imported by
@@ -59,7 +59,7 @@ def check_main(workers: int) -> None:
 
 
 def _has_guard(path: str) -> bool:
-    """Whether a script may have a main guard; true where its text cannot be read."""
+    """Returns whether a script may have a main guard; true if its text cannot be read."""
     try:
         text = read_bytes(path, 2**24)
     except OSError:
@@ -68,7 +68,7 @@ def _has_guard(path: str) -> bool:
 
 
 def why_died(error: RuntimeError, workers: int) -> UserError | None:
-    """The error that says why a worker died; None where none did."""
+    """Returns the error that says why a worker died, or None if none did."""
     if "terminated unexpectedly" not in str(error):
         return None
     what = str(error).partition(".")[0]
@@ -80,13 +80,16 @@ def why_died(error: RuntimeError, workers: int) -> UserError | None:
 
 
 def open_iterator(items: Any, workers: int, size: int) -> Any:
-    """An iterator over items, in order, that are made ahead; its ``close()`` ends the workers.
+    """Returns an iterator over items, in order, that workers make ahead.
 
     Args:
-      items: has ``len(items)``, and makes ``items[i]``, a dict of arrays, as it is asked for; every
-        worker gets a copy.
-      workers: see `Streamed`.
-      size: bytes of an item, about.
+      items: a sequence that makes ``items[i]``, a dict of arrays, when it is asked for. Every
+        worker gets a copy of it.
+      workers: see `StreamingDataset`.
+      size: approximate bytes of an item.
+
+    Returns:
+      An iterator. Its ``close()`` ends the workers.
     """
     import grain
     from absl import flags
@@ -104,25 +107,28 @@ def open_iterator(items: Any, workers: int, size: int) -> Any:
             grain.MultiprocessingOptions(num_workers=number, per_worker_buffer_size=_BUFFER),
             worker_init_fn=_start_worker,
         )
-        most = number * (_BUFFER + 2) * size
-        options = grain.experimental.DatasetOptions(min_shm_size=_least_shared(2 * most))
+        needed = 2 * number * (_BUFFER + 2) * size
+        options = grain.experimental.DatasetOptions(min_shm_size=min_shared_bytes(needed))
         data = grain.experimental.WithOptionsIterDataset(data, options)
     return iter(data)
 
 
-def _least_shared(needed: int) -> int:
-    """Bytes from which an array travels through shared memory, if there is as much as needed."""
+def min_shared_bytes(needed: int) -> int:
+    """Returns the least size of an array that travels through shared memory.
+
+    It is beyond any size if there are fewer bytes of shared memory than ``needed``.
+    """
     try:
         enough = shutil.disk_usage("/dev/shm").free > needed
     except OSError:  # macOS: no such folder, and no such limit
         enough = True
-    # Without (containers often have 64 MB), a worker would die of a bus error. Pipes then: their
-    # 3,000 images/s between 2 cores, against 4,000, are still beyond what those cores decode.
+    # Containers often have 64 MB, and a worker that runs out of it dies of a bus error. Then arrays
+    # travel through pipes: 3,000 images/s on 2 cores instead of 4,000, more than these decode.
     return 2**16 if enough else 2**62
 
 
 def _start_worker(number: int, count: int) -> None:
-    """Makes a worker end with its parent, however that ends, and leave signals to it."""
+    """Makes a worker ignore signals, and end when its parent ends, however that ends."""
     for each in (signal.SIGINT, signal.SIGTERM):  # launchers send them to all of a job
         signal.signal(each, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
