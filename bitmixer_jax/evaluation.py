@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +16,9 @@ from bitmixer_jax import deprecated
 from bitmixer_jax.data import Dataset, StreamingDataset, normalize
 from bitmixer_jax.devices import local_batch_indices, local_devices, shard
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.inputs import check_policy
 from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import covering_policies, recalibrate, uncalibrated_pairs
-from bitmixer_jax.policy import sample_random
+from bitmixer_jax.policy import as_policy, sample_random
 from bitmixer_jax.trained import Trained, load
 
 Progress = Callable[[list[Any]], Iterable[Any]]
@@ -245,6 +244,7 @@ def evaluate(
     source: Trained | str | pathlib.Path,
     *,
     policy: Any = None,
+    changes: Mapping[str, int] | None = None,
     random: int = 0,
     seed: int = 0,
     uniform: bool = True,
@@ -261,7 +261,8 @@ def evaluate(
 
     Args:
       source: WORKDIR, WORKDIR@STAGE, or what `trained.load` returned.
-      policy: ``[L]`` widths, or one width for all layers.
+      policy: as `policy.as_policy` reads it: widths, one width for all layers, text, a file.
+      changes: widths of some layers of that policy, by name: see `policy.with_widths`.
       random: number of random policies.
       seed: of the random policies.
       uniform: evaluate each width in all layers.
@@ -282,7 +283,9 @@ def evaluate(
     assert not others
     trained = load(source)
     if policy is not None:
-        policy = check_policy(policy, trained.model.space, trained.model.num_layers)
+        policy = as_policy(policy, trained.model.names, trained.model.space, changes)
+    elif changes:
+        raise UserError("changes of widths: of a policy; give one, such as 4")
     if random:
         trained.require_widths("draw")
     return evaluate_protocols(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.deprecated import new_keys
+from bitmixer_jax import deprecated
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import write_new
 from bitmixer_jax.json_files import read_document, shown
@@ -61,6 +61,12 @@ class Front:
     unit: str
     weights_digest: str
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def network(self) -> str:
+        """Deprecated: `weights_digest`."""
+        deprecated.warn("Front.network", "Front.weights_digest")
+        return self.weights_digest
 
     def best(self, budget: float) -> Point | None:
         """The best point that costs at most ``budget``; None if all cost more."""
@@ -120,7 +126,7 @@ def load_front(
     for key, mine in (("choices", list(space.choices)), ("layers", list(names))):
         if content.get(key) != mine:
             raise UserError(f"{path}: a front of another network: its {key} differ")
-    content = new_keys(content, {"network": "weights_digest"})
+    content = deprecated.new_keys(content, {"network": "weights_digest"})
     if weights_digest is not None and content.get("weights_digest") != weights_digest:
         raise UserError(
             f"{path}: a front of other weights of this network (retrained since?); search again"

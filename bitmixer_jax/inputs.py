@@ -1,4 +1,4 @@
-"""What a network is given to run: images and a policy, checked the same way by every engine."""
+"""The images that a network is given to run, checked the same way by every engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.policy import BitSpace
 
 
 def check_images(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -25,24 +24,3 @@ def check_images(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
     if given.dtype != np.uint8 or given.shape[1:] != tuple(image_shape) or not len(given):
         raise UserError(f"images: got {given.dtype} {given.shape}; {wanted}")
     return given
-
-
-def check_policy(policy: Any, space: BitSpace, num_layers: int) -> np.ndarray:
-    """Returns one policy as int32 ``[L]``.
-
-    Args:
-      policy: ``[L]`` widths, or one width for all layers; whole numbers of any kind.
-
-    Raises:
-      UserError: it is no such thing, or several policies, or does not fit the network.
-    """
-    try:
-        alone = np.asarray(policy)
-    except (ValueError, RuntimeError, TypeError):  # `BitSpace.check` says what is wrong
-        alone = np.zeros(0)
-    if alone.ndim == 0 and np.issubdtype(alone.dtype, np.integer):
-        policy = np.full(num_layers, alone)
-    checked = space.check(policy, num_layers)
-    if checked.ndim != 1:
-        raise UserError(f"policy: got {len(checked)} policies; give one, a width for each layer")
-    return checked

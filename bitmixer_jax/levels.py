@@ -6,11 +6,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax import quantizers
+from bitmixer_jax.data import normalize
 from bitmixer_jax.layers import QuantActivation
 from bitmixer_jax.models import Network
+from bitmixer_jax.trained import Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,14 @@ class LevelCount:
     weights: int
     activations: int
     saturated: float
+
+
+def levels_of(trained: Trained, data_dir: str | None = None) -> list[LevelCount]:
+    """Counts the levels in use on 256 training images. Arguments as `Trained.load_split`."""
+    data = trained.load_split(trained.run.train_split, data_dir)
+    few = data.subset(np.arange(min(256, len(data))))
+    images = normalize(jnp.asarray(few.images), data.mean, data.std)
+    return levels_used(trained.model, trained.variables, images)
 
 
 def levels_used(model: Network, variables: Any, images: jax.Array) -> list[LevelCount]:

@@ -1,9 +1,8 @@
-"""What a `Runtime` needs of a network, wherever the network comes from."""
+"""A network ready to run, wherever it comes from, and its compiled program."""
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,18 +10,13 @@ import jax
 import numpy as np
 
 from bitmixer_jax import deprecated
-from bitmixer_jax.data import ImageReader
-from bitmixer_jax.data.image_files import reader_of_run
+from bitmixer_jax.data import ImageReader, normalize
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.integer_engine import run_integer
-from bitmixer_jax.export.integer_model import IntegerModel
-from bitmixer_jax.export.packed import load_packed
-from bitmixer_jax.files import user_path
+from bitmixer_jax.inputs import check_images
 from bitmixer_jax.models import Network
-from bitmixer_jax.policy import BitSpace
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.policy import BitSpace, check_policy
+from bitmixer_jax.trained import Trained
 from bitmixer_jax.training.checkpoints import digest
-from bitmixer_jax.training.workdir import parse_source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,8 +29,8 @@ class LoadedModel:
       weights: pytree of arrays.
       space: the choices.
       names: ``[L]`` layer names.
-      before: ``[L]`` which layer's width precedes each layer's own; -1: none.
-      visited: bool ``[L, n, n]`` whether training visited (width before, own width).
+      predecessors: ``[L]`` which layer's width precedes each layer's own; -1: none.
+      calibrated: bool ``[L, n, n]`` whether training visited (predecessor's width, own width).
       image_shape: ``(H, W, C)``.
       classes: ``[K]`` names.
       mean, std: ``[C]`` in units of 0..255.
@@ -48,8 +42,8 @@ class LoadedModel:
     weights: Any
     space: BitSpace
     names: tuple[str, ...]
-    before: tuple[int, ...]
-    visited: np.ndarray
+    predecessors: tuple[int, ...]
+    calibrated: np.ndarray
     image_shape: tuple[int, int, int]
     classes: tuple[str, ...]
     mean: np.ndarray
@@ -57,19 +51,53 @@ class LoadedModel:
     weights_digest: str
     reader: ImageReader
 
-    def unvisited(self, policy: np.ndarray) -> list[tuple[str, int, int]]:
-        """Pairs of a policy ``[L]`` that training never visited: (layer, width before, own).
+    def uncalibrated(self, policy: np.ndarray) -> list[tuple[str, int, int]]:
+        """Pairs of a policy ``[L]`` that training never visited.
 
-        The width before is 0 where it has no say.
+        Returns:
+          (layer, width of its predecessor, own width) of each; the first width is 0 where no layer
+          precedes.
         """
         index = np.searchsorted(self.space.choices, policy)
         found = []
         for layer, name in enumerate(self.names):
-            predecessor = index[self.before[layer]] if self.before[layer] >= 0 else 0
-            if not self.visited[layer, predecessor, index[layer]]:
-                width = int(policy[self.before[layer]]) if self.before[layer] >= 0 else 0
+            predecessor = self.predecessors[layer]
+            row = index[predecessor] if predecessor >= 0 else 0
+            if not self.calibrated[layer, row, index[layer]]:
+                width = int(policy[predecessor]) if predecessor >= 0 else 0
                 found.append((name, width, int(policy[layer])))
         return found
+
+    def require_calibrated(self, policy: np.ndarray) -> None:
+        """Checks that training visited all pairs of widths of a policy ``[L]``.
+
+        Raises:
+          UserError: it did not, so BN statistics are unknown.
+        """
+        missing = self.uncalibrated(policy)
+        if missing:
+            layer, predecessor, own = missing[0]
+            raise UserError(
+                f"policy {np.asarray(policy).tolist()}: {len(missing)} of its pairs of widths were "
+                f"never visited in training, such as {predecessor or 'any'}->{own} bits at "
+                f"{layer}: their BN statistics are unknown; take another policy, train for longer, "
+                "or recalibrate (pairs.recalibrate)"
+            )
+
+
+def from_trained(trained: Trained) -> LoadedModel:
+    """A trained network, simulated. Raises UserError for a full-precision baseline."""
+    trained.require_widths("switch")
+    info = trained.dataset_info
+    return from_variables(
+        trained.model,
+        trained.variables,
+        mean=info["mean"],
+        std=info["std"],
+        classes=info["classes"],
+        reader=trained.reader,
+        weights_digest=trained.weights_digest,
+    )
 
 
 def from_variables(
@@ -80,18 +108,21 @@ def from_variables(
     std: Any,
     classes: Sequence[str],
     reader: ImageReader | None = None,
+    weights_digest: str | None = None,
 ) -> LoadedModel:
-    """A trained network, simulated: codes are whole numbers in floating point.
+    """A network in memory, simulated: codes are whole numbers in floating point.
 
     Args:
       variables: "params" and "batch_stats".
       mean, std, classes: of the training data.
       reader: see `LoadedModel`; None: files are read as sets in memory are.
+      weights_digest: see `LoadedModel`; None: it is computed.
 
     Raises:
-      UserError: a float twin.
+      UserError: a full-precision baseline.
     """
     own = {name: variables[name] for name in ("params", "batch_stats")}
+    space = model.space  # refuses a baseline
     counts = [own["batch_stats"][name]["conv_norm"]["count"] for name in model.names]
 
     def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
@@ -102,76 +133,107 @@ def from_variables(
     return LoadedModel(
         forward=forward,
         weights=own,
-        space=model.space,  # refuses a float twin
+        space=space,
         names=model.names,
-        before=tuple(layer.predecessor for layer in model.layers),
-        visited=_visited(counts, model.space.n),
+        predecessors=tuple(layer.predecessor for layer in model.layers),
+        calibrated=calibrated_pairs(counts, space.n),
         image_shape=model.image_shape,
         classes=tuple(classes),
         mean=np.asarray(mean, np.float32),
         std=np.asarray(std, np.float32),
-        weights_digest=digest(own),
+        weights_digest=weights_digest or digest(own),
         reader=reader or ImageReader(model.image_shape),
     )
 
 
-def from_integer_model(network: IntegerModel) -> LoadedModel:
-    """A network read from a packed file, run in integers."""
-    counts = [layer.kernels[0].count for layer in network.layers]
-
-    def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
-        return run_integer(network, images, bits)
-
-    return LoadedModel(
-        forward=forward,
-        weights=(),  # constants of the programme
-        space=network.space,
-        names=network.names,
-        before=tuple(layer.info.predecessor for layer in network.layers),
-        visited=_visited(counts, network.space.n),
-        image_shape=network.image_shape,
-        classes=network.classes,
-        mean=network.mean,
-        std=network.std,
-        weights_digest=network.weights_digest,
-        reader=ImageReader.from_json(
-            network.about.get("images"), network.image_shape, "packed file"
-        ),
-    )
-
-
-def load(source: str | pathlib.Path) -> LoadedModel:
-    """Loads a workdir (WORKDIR or WORKDIR@STAGE) or a packed file.
-
-    Raises:
-      UserError: neither is there, or it is damaged, or a float twin.
-    """
-    source = user_path(source)
-    try:
-        if source.exists() and not source.is_dir():
-            return from_integer_model(load_packed(source))
-        folder, _ = parse_source(source)
-        there = folder.exists()
-    except OSError as error:  # a folder that may not be entered, a name that is too long
-        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None
-    if not there:
-        raise UserError(f"{source}: no such workdir or packed file")
-    run, model, variables = load_trained(source)
-    about = run.dataset_info
-    assert about is not None  # `load_trained` sets it
-    return from_variables(
-        model,
-        variables,
-        mean=about["mean"],
-        std=about["std"],
-        classes=about["classes"],
-        reader=reader_of_run(run.dataset, model.image_shape, about["mean"], run.stream),
-    )
-
-
-def _visited(counts: Sequence[Any], n: int) -> np.ndarray:
+def calibrated_pairs(counts: Sequence[Any], n: int) -> np.ndarray:
     """Counts ``[P, n]`` of each layer, P n or 1, as bool ``[L, n, n]``."""
     return np.stack([np.broadcast_to(np.asarray(count) > 0, (n, n)) for count in counts])
+
+
+class Predictor:
+    """A network on the first device, compiled for one batch size.
+
+    The policy is data: one program serves all of them. With ``static`` the compiler knows the
+    widths, so look-ups in tables are gone, and no policy is given in a call.
+
+    Attributes:
+      loaded: the network.
+      batch_size: images in one call of the program; larger inputs run in parts, the last padded.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        batch_size: int = 64,
+        *,
+        static: tuple[int, ...] | None = None,
+        weights: Any = None,
+        on_trace: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Places the weights and compiles.
+
+        Args:
+          static: ``[L]`` widths that the program is for.
+          weights: those of the network, if they are on the device already.
+          on_trace: called when JAX traces the program.
+        """
+        self.loaded, self.batch_size, self._static = loaded, batch_size, static
+        if weights is None:
+            weights = jax.device_put(loaded.weights, jax.local_devices()[0])
+        self.weights = weights
+
+        def forward(weights: Any, images: jax.Array, *policy: jax.Array) -> Any:
+            on_trace()
+            x = normalize(images, loaded.mean, loaded.std)
+            return loaded.forward(weights, x, policy[0] if static is None else static)
+
+        shapes = [jax.ShapeDtypeStruct((batch_size, *loaded.image_shape), np.uint8)]
+        if static is None:
+            shapes.append(jax.ShapeDtypeStruct((len(loaded.names),), np.int32))
+        # Compiled before its first call, so it refuses what would make `jit` compile again.
+        self._run = jax.jit(forward).lower(weights, *shapes).compile()
+
+    def check(self, policy: Any) -> np.ndarray:
+        """Returns a policy as int32 ``[L]``.
+
+        Args:
+          policy: ``[L]`` widths, or one width for all layers.
+
+        Raises:
+          UserError: it does not fit the network, or needs a pair of widths that training never
+            visited.
+        """
+        policy = check_policy(policy, self.loaded.space, len(self.loaded.names))
+        self.loaded.require_calibrated(policy)
+        return policy
+
+    def __call__(self, images: Any, policy: Any) -> np.ndarray:
+        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]`` at a policy as `check`.
+
+        Raises:
+          UserError: images or policy do not fit, or the logits are not finite.
+        """
+        return self.run(check_images(images, self.loaded.image_shape), self.check(policy))
+
+    def run(self, images: np.ndarray, policy: np.ndarray) -> np.ndarray:
+        """As a call, of images and an int32 policy that were checked."""
+        size, widths = self.batch_size, () if self._static is not None else (policy,)
+        logits = np.empty((len(images), len(self.loaded.classes)), np.float32)
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            count = len(batch)
+            if count < size:
+                padding = np.zeros((size - count, *batch.shape[1:]), np.uint8)
+                batch = np.concatenate([batch, padding])
+            logits[start : start + count] = np.asarray(self._run(self.weights, batch, *widths))[
+                :count
+            ]
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"policy {policy.tolist()}: the logits are not finite; this network is broken"
+            )
+        return logits
 
 
 __getattr__ = deprecated.module_getattr(__name__)

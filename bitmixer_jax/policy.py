@@ -367,6 +367,50 @@ def parse_changes(texts: Sequence[str]) -> dict[str, int]:
     return changes
 
 
+def check_policy(policy: Any, space: BitSpace, num_layers: int) -> np.ndarray:
+    """Returns one policy as int32 ``[L]``.
+
+    Args:
+      policy: ``[L]`` widths, or one width for all layers; whole numbers of any kind.
+
+    Raises:
+      UserError: it is no such thing, or several policies, or does not fit the network.
+    """
+    try:
+        given = np.asarray(policy)
+    except (ValueError, RuntimeError, TypeError):  # `BitSpace.check` says what is wrong
+        given = np.zeros(0)
+    if given.ndim == 0 and np.issubdtype(given.dtype, np.integer):
+        policy = np.full(num_layers, given)
+    checked = space.check(policy, num_layers)
+    if checked.ndim != 1:
+        raise UserError(f"policy: got {len(checked)} policies; give one, a width for each layer")
+    return checked
+
+
+def as_policy(
+    policy: Any, names: Sequence[str], space: BitSpace, changes: Mapping[str, int] | None = None
+) -> np.ndarray:
+    """Returns what a person gives for a policy as int32 ``[L]``.
+
+        as_policy(3, model.names, model.space)
+        as_policy("policy.json", model.names, model.space, {"stage2.*": 2})
+
+    Args:
+      policy: ``[L]`` widths; one width for all layers; or text: "3", "4,3,2,..." or the path of a
+        policy file.
+      names: ``[L]`` layer names.
+      changes: widths of some layers, as `with_widths` takes them.
+
+    Raises:
+      UserError: it is none of these, or does not fit the network.
+    """
+    if isinstance(policy, str | pathlib.PurePath):
+        policy = parse_policy(str(policy), names, space)
+    checked = check_policy(policy, space, len(names))
+    return with_widths(checked, changes, names, space) if changes else checked
+
+
 def parse_policy(text: str, names: Sequence[str], space: BitSpace) -> np.ndarray:
     """Reads what a person types for a policy: ``3``, ``4,3,2,...`` or the path of a policy file.
 

@@ -1,4 +1,4 @@
-"""A loaded network that switches policy as it runs: one compiled programme, policies as data.
+"""A loaded network that switches policy as it runs: one compiled program, policies as data.
 
     runtime = Runtime.load("runs/digits")
     logits = runtime.predict(images)  # at the policy in force: the widest everywhere
@@ -20,15 +20,17 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
-from bitmixer_jax.data import normalize
-from bitmixer_jax.errors import UserError
+from bitmixer_jax import deprecated, trained
+from bitmixer_jax.errors import UserError, reason
+from bitmixer_jax.export.integer_engine import from_integer_model
+from bitmixer_jax.export.packed import load_packed
 from bitmixer_jax.files import user_path
-from bitmixer_jax.inputs import check_images, check_policy
-from bitmixer_jax.loaded_model import LoadedModel, load
-from bitmixer_jax.policy import BitSpace
+from bitmixer_jax.inputs import check_images
+from bitmixer_jax.loaded_model import LoadedModel, Predictor, from_trained
+from bitmixer_jax.policy import BitSpace, check_policy
+from bitmixer_jax.training.workdir import parse_source
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class Runtime:
       image_shape: ``(H, W, C)`` of the images that it takes.
       reader: makes them of image files, as evaluation did.
       weights_digest: of the weights: a front that was searched for them carries the same.
-      batch_size: images that one call of the compiled programme runs.
+      batch_size: images that one call of the compiled program runs.
       traces: compilations so far: one, and one for each policy that was specialised.
     """
 
@@ -69,7 +71,7 @@ class Runtime:
         Args:
           loaded: the network.
           batch_size: larger inputs run in parts of so many, the last one padded.
-          specialized: most policies that have a programme of their own (`specialize`).
+          specialized: most policies that have a program of their own (`specialize`).
 
         Raises:
           UserError: a setting below 1.
@@ -87,13 +89,12 @@ class Runtime:
         self.batch_size = batch_size
         self._source: str | None = None  # where `load` found it
         self.traces = 0
-        self._weights = jax.device_put(loaded.weights, jax.local_devices()[0])
         self._read_policy = _policy_reader(loaded)
         self._compiling = threading.Lock()
         self._most_specialized = specialized
         self._specialized: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
         self._order = threading.Lock()  # of the entries: a look-up moves one to the end
-        self._any_policy = self._compile(None)
+        self._any_policy = Predictor(loaded, batch_size, on_trace=self._count_trace)
         self._current = self._as_policy(self.space.widest)
 
     @classmethod
@@ -111,14 +112,14 @@ class Runtime:
           UserError: no trained network there, a damaged file, or a float twin.
         """
         source = os.path.abspath(user_path(source))  # for another process, in another folder
-        found = cls(load(source), batch_size=batch_size, specialized=specialized)
+        found = cls(_load(pathlib.Path(source)), batch_size=batch_size, specialized=specialized)
         found._source = source
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Supports `pickle` and `copy`: the copy loads the same source again.
 
-        The copy has the policy in force; it has no programmes of `specialize`.
+        The copy has the policy in force; it has no programs of `specialize`.
 
         Raises:
           TypeError: this runtime was made from a network in memory.
@@ -132,13 +133,19 @@ class Runtime:
         return _again, (type(self), self._source, *settings, self.weights_digest, self._current.key)
 
     @property
+    def network(self) -> str:
+        """Deprecated: `weights_digest`."""
+        deprecated.warn("Runtime.network", "Runtime.weights_digest")
+        return self.weights_digest
+
+    @property
     def policy(self) -> np.ndarray:
         """The policy in force, int32 ``[L]`` widths: a copy."""
         return self._current.widths.copy()
 
     @property
     def specialized(self) -> tuple[tuple[int, ...], ...]:
-        """Policies that have a programme of their own, the least recently used first."""
+        """Policies that have a program of their own, the least recently used first."""
         with self._order:
             return tuple(self._specialized)
 
@@ -174,34 +181,18 @@ class Runtime:
         images = check_images(images, self.image_shape)
         chosen = self._current if policy is None else self._as_policy(policy)
         if not chosen.known:
-            raise self._unknown_pairs(chosen)
+            self._loaded.require_calibrated(chosen.widths)
         with self._order:
             own = self._specialized.get(chosen.key)
             if own is not None:
                 self._specialized.move_to_end(chosen.key)
-        size = self.batch_size
-        logits = np.empty((len(images), len(self.classes)), np.float32)
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
-            number = len(part)
-            if number < size:
-                part = np.concatenate([part, np.zeros((size - number, *part.shape[1:]), np.uint8)])
-            if own is None:
-                found = self._any_policy(self._weights, part, chosen.widths)
-            else:
-                found = own(self._weights, part)
-            logits[start : start + number] = np.asarray(found)[:number]
-        if not np.isfinite(logits).all():
-            raise UserError(
-                f"policy {list(chosen.key)}: the logits are not finite; this network is broken"
-            )
-        return logits
+        return (own or self._any_policy).run(images, chosen.widths)
 
     def specialize(self, policy: Any) -> None:
-        """Compiles a programme for one policy, which `predict` uses from then on.
+        """Compiles a program for one policy, which `predict` uses from then on.
 
         The compiler knows the widths, so the look-ups in tables are gone. The logits are the same
-        up to rounding. The least recently used programme gives way where there are too many.
+        up to rounding. The least recently used program gives way where there are too many.
 
         Args:
           policy: as `check`.
@@ -215,29 +206,17 @@ class Runtime:
                 if chosen.key in self._specialized:
                     self._specialized.move_to_end(chosen.key)
                     return
-            programme = self._compile(chosen.key)
+            program = Predictor(
+                self._loaded,
+                self.batch_size,
+                static=chosen.key,
+                weights=self._any_policy.weights,
+                on_trace=self._count_trace,
+            )
             with self._order:
-                self._specialized[chosen.key] = programme
+                self._specialized[chosen.key] = program
                 while len(self._specialized) > self._most_specialized:
                     self._specialized.popitem(last=False)
-
-    def _compile(self, static: tuple[int, ...] | None) -> jax.stages.Compiled:
-        """The programme of (variables, images, widths), or (variables, images) of a fixed policy.
-
-        Compiled before its first call, so it refuses what would make `jit` compile again.
-        """
-
-        run = self._loaded
-
-        def forward(weights: Any, images: jax.Array, *widths: jax.Array) -> Any:
-            self.traces += 1
-            x = normalize(images, run.mean, run.std)
-            return run.forward(weights, x, widths[0] if static is None else static)
-
-        shapes = [jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), np.uint8)]
-        if static is None:
-            shapes.append(jax.ShapeDtypeStruct((len(self.names),), np.int32))
-        return jax.jit(forward).lower(self._weights, *shapes).compile()
 
     def _as_policy(self, policy: Any) -> _Policy:
         """Checks the widths; of pairs that training never visited it takes note alone."""
@@ -248,17 +227,11 @@ class Runtime:
     def _checked(self, policy: Any) -> _Policy:
         chosen = self._as_policy(policy)
         if not chosen.known:
-            raise self._unknown_pairs(chosen)
+            self._loaded.require_calibrated(chosen.widths)
         return chosen
 
-    def _unknown_pairs(self, policy: _Policy) -> UserError:
-        missing = self._loaded.unvisited(policy.widths)
-        layer, before, own = missing[0]
-        return UserError(
-            f"policy {list(policy.key)}: {len(missing)} of its pairs of widths were never visited "
-            f"in training, such as {before or 'any'}->{own} bits at {layer}: their BN statistics "
-            "are unknown; take another policy, train for longer, or recalibrate (pairs.recalibrate)"
-        )
+    def _count_trace(self) -> None:
+        self.traces += 1
 
 
 def _is_whole(value: Any) -> bool:
@@ -272,9 +245,22 @@ def _policy_reader(run: LoadedModel) -> Callable[[bytes], _Policy]:
     def read(widths: bytes) -> _Policy:
         policy = run.space.check(np.frombuffer(widths, np.int32), len(run.names))
         policy.flags.writeable = False
-        return _Policy(policy, tuple(policy.tolist()), not run.unvisited(policy))
+        return _Policy(policy, tuple(policy.tolist()), not run.uncalibrated(policy))
 
     return read
+
+
+def _load(source: pathlib.Path) -> LoadedModel:
+    """Loads a workdir (WORKDIR or WORKDIR@STAGE) or a packed file."""
+    try:
+        if source.exists() and not source.is_dir():
+            return from_integer_model(load_packed(source))
+        there = parse_source(source)[0].exists()
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"{source}: cannot be read ({reason(error)})") from None
+    if not there:
+        raise UserError(f"{source}: no such workdir or packed file")
+    return from_trained(trained.load(source))
 
 
 def _again(

@@ -13,7 +13,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from bitmixer_jax.cli import exports, policies, training
+from bitmixer_jax.cli import (
+    benchmark,
+    cost,
+    evaluate,
+    export,
+    front,
+    predict,
+    prepare,
+    search,
+    train,
+)
 from bitmixer_jax.cli.common import Parser
 from bitmixer_jax.cli.streams import Output, fill_closed
 
@@ -39,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    for group in (training, policies, exports):
-        group.add(command)
+    for module in (train, evaluate, cost, search, front, export, predict, prepare, benchmark):
+        module.add(command)
     return parser
 
 

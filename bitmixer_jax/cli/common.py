@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pathlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, Protocol
 
-_MOST = 1_000_000
+_MAX_COUNT = 1_000_000
 _NARROWEST = 20  # columns of a terminal that a table is drawn for
 
 
@@ -46,11 +48,11 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def few(text: str) -> int:
+def count(text: str) -> int:
     """A number of things that are made one by one: 0 to a million."""
     number = whole(text)
-    if number > _MOST:
-        raise argparse.ArgumentTypeError(f"{text}: give at most {_MOST:,}")
+    if number > _MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"{text}: give at most {_MAX_COUNT:,}")
     return number
 
 
@@ -62,8 +64,29 @@ def seed(text: str) -> int:
     return number
 
 
-def add_set(command: argparse.ArgumentParser) -> None:
-    """--set LAYER=WIDTH."""
+def add_workdir(command: argparse.ArgumentParser) -> None:
+    """--workdir DIR[@STAGE]."""
+    command.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR[@STAGE]",
+        help="folder of a trained run; @STAGE: as it was at the end of that stage",
+    )
+
+
+def add_data_dir(command: argparse.ArgumentParser) -> None:
+    """--data_dir."""
+    command.add_argument("--data_dir", help="where the data are, if not where training found them")
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    """--json FILE."""
+    command.add_argument("--json", type=path, metavar="FILE", help="write the result there")
+
+
+def add_policy(command: argparse.ArgumentParser, help: str, default: str | None = None) -> None:
+    """--policy, and --set LAYER=WIDTH."""
+    command.add_argument("--policy", default=default, help=help)
     command.add_argument(
         "--set",
         action="append",
@@ -72,6 +95,37 @@ def add_set(command: argparse.ArgumentParser) -> None:
         help="change a layer of --policy, such as stage2.block1.conv1=2 or 'stage2.*=2' "
         "(repeatable)",
     )
+
+
+def changes_of(arguments: argparse.Namespace) -> dict[str, int]:
+    """Returns the widths that --set gave, by layer.
+
+    Raises:
+      UserError: not LAYER=WIDTH, or there is no policy to change.
+    """
+    from bitmixer_jax.errors import UserError
+    from bitmixer_jax.policy import parse_changes
+
+    if arguments.set and arguments.policy is None:
+        raise UserError("--set changes a policy: give one, such as --policy 4")
+    return parse_changes(arguments.set)
+
+
+class RenamedFlag(argparse.Action):
+    """A flag of an earlier version: it works as the one called ``new``, and says so."""
+
+    def __init__(self, option_strings: list[str], dest: str, new: str, **settings: Any) -> None:
+        self._new = new
+        dest = new.removeprefix("--")
+        super().__init__(option_strings, dest, help=argparse.SUPPRESS, **settings)
+        self.default = argparse.SUPPRESS
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Sets the value of the new flag."""
+        from bitmixer_jax.deprecated import tell
+
+        tell(str(option), self._new)
+        setattr(namespace, self.dest, values)
 
 
 def add_latency(command: argparse.ArgumentParser) -> None:
@@ -96,6 +150,35 @@ def print_markdown(lines: list[str]) -> None:
     if console.width < _NARROWEST:  # such as COLUMNS=0
         console = Console(width=80)
     console.print(Markdown("\n".join(lines)))
+
+
+def progress_bar(description: str) -> Callable[[list[Any]], Iterable[Any]]:
+    """Returns a function that wraps a list of calls with a progress bar, on a terminal."""
+
+    def wrap(calls: list[Any]) -> Iterable[Any]:
+        from rich.console import Console
+        from rich.progress import track
+
+        shown = Console().is_terminal
+        return track(calls, description=description, transient=True, disable=not shown)
+
+    return wrap
+
+
+@contextlib.contextmanager
+def search_bar() -> Iterator[Callable[[int, int, float], None]]:
+    """Shows how far a search is, on a terminal; gives what `search.search_policy` calls."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(transient=True, disable=not Console().is_terminal) as progress:
+        task = progress.add_task("searching")
+
+        def on_scores(number: int, total: int, best: float) -> None:
+            what = f"searching: least loss {best:.4f}"
+            progress.update(task, total=total, completed=number, description=what)
+
+        yield on_scores
 
 
 def check_json(path: pathlib.Path | None, key: str) -> None:

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bitmixer_jax.data import ImageReader
 from bitmixer_jax.export.integer_model import FloatStem, Head, IntegerModel, Layer, truncate_bits
 from bitmixer_jax.layer_table import KernelInfo
+from bitmixer_jax.loaded_model import LoadedModel, calibrated_pairs
 from bitmixer_jax.models.graph import Node, run_graph
 from bitmixer_jax.models.network import REAL_OPS
 from bitmixer_jax.quantizers import integer_range
@@ -33,6 +35,31 @@ def run_integer(network: IntegerModel, images: jax.Array, bits: Any) -> jax.Arra
       UserError: a policy that does not fit.
     """
     return tensors(network, images, bits)[network.graph[-1].outputs[0]]
+
+
+def from_integer_model(network: IntegerModel) -> LoadedModel:
+    """An integer model ready to run: its weights are constants of the program."""
+    counts = [layer.kernels[0].count for layer in network.layers]
+
+    def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
+        return run_integer(network, images, bits)
+
+    return LoadedModel(
+        forward=forward,
+        weights=(),
+        space=network.space,
+        names=network.names,
+        predecessors=tuple(layer.info.predecessor for layer in network.layers),
+        calibrated=calibrated_pairs(counts, network.space.n),
+        image_shape=network.image_shape,
+        classes=network.classes,
+        mean=network.mean,
+        std=network.std,
+        weights_digest=network.weights_digest,
+        reader=ImageReader.from_json(
+            network.about.get("images"), network.image_shape, "packed file"
+        ),
+    )
 
 
 def tensors(network: IntegerModel, images: jax.Array, bits: Any) -> dict[str, jax.Array]:

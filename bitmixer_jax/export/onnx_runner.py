@@ -14,8 +14,8 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.description import Reader, Shape
 from bitmixer_jax.export.onnx_seal import FORMAT, KEY, VERSION, is_whole
 from bitmixer_jax.files import parse_json, read_bytes, user_path
-from bitmixer_jax.inputs import check_images, check_policy
-from bitmixer_jax.policy import BitSpace
+from bitmixer_jax.inputs import check_images
+from bitmixer_jax.policy import BitSpace, check_policy
 
 OPTIMIZATION = ("off", "basic", "default")
 _MOST_BYTES = 2**31  # of a protobuf message

@@ -8,6 +8,7 @@ from bitmixer_jax.search.ilp import IntegerProgram
 from bitmixer_jax.search.problem import Constraint, Problem, parse_budget
 from bitmixer_jax.search.random_search import Random
 from bitmixer_jax.search.search import METHODS, Method, SearchResult, search
+from bitmixer_jax.search.session import SearchSession, SearchSettings, search_front, search_policy
 
 __all__ = [
     "METHODS",
@@ -20,8 +21,12 @@ __all__ = [
     "Problem",
     "Random",
     "SearchResult",
+    "SearchSession",
+    "SearchSettings",
     "parse_budget",
     "search",
+    "search_front",
+    "search_policy",
 ]
 
 __getattr__ = deprecated.module_getattr(__name__)

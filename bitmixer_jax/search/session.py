@@ -1,5 +1,4 @@
-"""Searches on a trained network: which images score policies, and the verbs `search_policy` and
-`search_front`.
+"""Searches on a trained network: the images that score policies, `search_policy`, `search_front`.
 
 Searches see training data alone: by default what training left out of its split, else the images
 that it trained on. Test data are read once, when the search has ended.
@@ -318,27 +317,29 @@ class FoundPolicy:
 def search_policy(
     source: Trained | str | pathlib.Path,
     budget: str | Sequence[str],
-    settings: SearchSettings | None = None,
+    *,
     on_scores: OnScores = lambda *_: None,
+    **settings: Any,
 ) -> FoundPolicy:
     """Finds the best policy of a trained network within a budget.
 
-        found = bm.search_policy("runs/digits", "bitops=60%", bm.SearchSettings(method="ilp"))
+        found = bm.search_policy("runs/digits", "bitops=60%", method="ilp")
         found.point.widths, found.point.test_top1
         found.save("policy.json")
 
     Args:
       source: WORKDIR, WORKDIR@STAGE, or what `trained.load` returned.
       budget: as `parse_budget` reads it, such as "avg_bits=3" or ["bitops=60%", "bytes=40000"].
-      settings: method, images, seed; None: the defaults.
       on_scores: called after each step of the search with the number of policies evaluated, how
         many there will be at most, and the least loss within the budget.
+      settings: the attributes of `SearchSettings`, such as ``method`` and ``images``.
 
     Raises:
       UserError: as `trained.load`, `SearchSession`, `parse_budget`, `Problem` and
         `SearchResult.best`.
     """
-    session = SearchSession(load(source), settings or SearchSettings())
+    checked = SearchSettings(**settings)
+    session = SearchSession(load(source), checked)
     model, space = session.trained.model, session.trained.model.space
     texts = [budget] if isinstance(budget, str) else budget
     constraints = parse_budget(texts, session.costs)
@@ -359,10 +360,10 @@ def search_policy(
 def search_front(
     source: Trained | str | pathlib.Path,
     cost: str = "bitops",
-    settings: SearchSettings | None = None,
     *,
     random: int = 100,
     on_scores: OnScores = lambda *_: None,
+    **settings: Any,
 ) -> tuple[Front, SearchSession]:
     """Finds the Pareto front of a trained network over the whole range of a cost.
 
@@ -371,7 +372,7 @@ def search_front(
         front.save("front.json")
 
     Args:
-      source, settings, on_scores: as `search_policy`.
+      source, on_scores, settings: as `search_policy`.
       cost: a key of `cost.costs`.
       random: how many random policies are evaluated beside it, for comparison.
 
@@ -381,7 +382,8 @@ def search_front(
     Raises:
       UserError: an unknown cost, or as `search_policy`.
     """
-    session = SearchSession(load(source), settings or SearchSettings())
+    checked = SearchSettings(**settings)
+    session = SearchSession(load(source), checked)
     model, space = session.trained.model, session.trained.model.space
     if cost not in session.costs:
         known = list(session.costs)

@@ -1,0 +1,44 @@
+"""bitmixer benchmark: speed and memory of training and evaluation."""
+
+from __future__ import annotations
+
+import argparse
+
+from bitmixer_jax.cli.common import AddCommand, add_json, check_json, count, write_json
+
+
+def add(command: AddCommand) -> None:
+    """Adds the command."""
+    benchmark = command(
+        "benchmark",
+        run,
+        "time of a training step against that of the full-precision baseline, in one run",
+        "bitmixer benchmark --model resnet20 --batch_size 128 --json speed.json",
+    )
+    benchmark.add_argument(
+        "--model", default="resnet20", help="name of the network (default resnet20)"
+    )
+    benchmark.add_argument(
+        "--batch_size", type=count, default=128, help="over all devices (default 128)"
+    )
+    benchmark.add_argument(
+        "--steps", type=count, default=20, help="timed steps of each kind (default 20)"
+    )
+    benchmark.add_argument("--compute_dtype", default="float32", help="float32 or bfloat16")
+    add_json(benchmark)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, prints a table, writes the result."""
+    from bitmixer_jax.benchmark import benchmark, describe
+
+    check_json(arguments.json, "model")
+    result = benchmark(
+        arguments.model,
+        batch_size=arguments.batch_size,
+        steps=arguments.steps,
+        compute_dtype=arguments.compute_dtype,
+    )
+    print(describe(result))
+    write_json(arguments.json, result)
+    return 0

@@ -1,0 +1,94 @@
+"""bitmixer front: the best policies over the whole range of a cost."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import TYPE_CHECKING
+
+from bitmixer_jax.cli.common import AddCommand, add_out, count, print_markdown, search_bar
+from bitmixer_jax.cli.search import add_settings, settings_of, what_was_read
+
+if TYPE_CHECKING:
+    from bitmixer_jax.cost import Cost
+    from bitmixer_jax.front import Front
+
+_ROWS = 12  # points of the front that the table shows
+
+
+def add(command: AddCommand) -> None:
+    """Adds the command."""
+    front = command(
+        "front",
+        run,
+        "find the best policies over the whole range of a cost, and plot them",
+        "bitmixer front --workdir runs/digits --method evolution --cost bitops --out runs/front",
+    )
+    add_settings(front)
+    front.add_argument(
+        "--cost", default="bitops", help="avg_bits, bitops (default), bytes, latency_ms, ..."
+    )
+    front.add_argument(
+        "--random",
+        type=count,
+        default=100,
+        metavar="N",
+        help="random policies to draw beside it (default 100)",
+    )
+    add_out(front, "folder for front.json, front.png and widths.png")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Searches, writes front.json and two plots, prints a table."""
+    from bitmixer_jax.errors import UserError
+    from bitmixer_jax.files import cannot_write, check_folder, check_free
+    from bitmixer_jax.search import search_front
+    from bitmixer_jax.search.plots import plot_front, plot_widths
+
+    out = arguments.out
+    check_folder(out, "--out")
+    if out.exists():
+        for name in ("front.json", "front.png", "widths.png"):
+            check_free(out / name, arguments.overwrite, "--out")
+    with search_bar() as on_scores:
+        front, session = search_front(
+            arguments.workdir,
+            arguments.cost,
+            random=arguments.random,
+            on_scores=on_scores,
+            **settings_of(arguments),
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error, "--out") from None
+    try:
+        front.save(out / "front.json", overwrite=arguments.overwrite)
+    except UserError:
+        with contextlib.suppress(OSError):  # it was there before, and holds other files
+            out.rmdir()
+        raise
+    plot_front(out / "front.png", front)
+    plot_widths(out / "widths.png", front)
+    notes = front.notes
+    read = what_was_read(session, notes["search"]["evaluations"], notes["test"]["examples"])
+    print_markdown([*_table(front, session.costs[front.cost]), "", *read])
+    print(f"front and plots: {out}")
+    return 0
+
+
+def _table(front: Front, cost: Cost) -> list[str]:
+    import numpy as np
+
+    points = front.points
+    rows = [f"| {cost.name} | of the widest | top-1 on test, % | widths |", "|---|---|---|---|"]
+    shown = np.unique(np.linspace(0, len(points) - 1, _ROWS).round().astype(int))
+    for i in shown:
+        point = points[i]
+        rows.append(
+            f"| {point.cost:,.6g} | {100 * point.cost / cost.widest:.1f}% | "
+            f"{100 * (point.test_top1 or 0):.2f} | {','.join(map(str, point.widths))} |"
+        )
+    if len(shown) < len(points):
+        rows.append(f"| ({len(points)} points in all) | | | |")
+    return rows
