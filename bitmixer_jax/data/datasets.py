@@ -105,7 +105,7 @@ def open_split(
         * `folder:PATH`: a folder with `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`; a relative PATH
           starts at `data_dir`;
         * `tfds:NAME`: if the images have no fixed size;
-        * `imagenet`: `tfds:imagenet2012` or `folder:imagenet`, the one that is there.
+        * `imagenet`: `tfds:imagenet2012` or `folder:imagenet`, whichever exists.
       split: as `load` takes it. A folder has `train`, `validation` (its sub-folder is `val`), and
         so on.
       data_dir: as `load` takes it.
@@ -152,7 +152,7 @@ def _folders(
 
 
 def _find_imagenet(folder: pathlib.Path, folders: list[pathlib.Path]) -> str:
-    """Returns the name of the ImageNet that is there: of its records, or of its folder."""
+    """Returns the name of the records or the folder of ImageNet, whichever exists."""
     records, images = tfds.find_prepared("imagenet2012", folders), folder / "imagenet"
     if records is not None and images.is_dir():
         raise UserError(
@@ -211,9 +211,9 @@ def require_classes(found: Sequence[str], expected: Sequence[str], where: str) -
     new = [name for name in found if name not in wanted]
     gone = [name for name in expected if name not in here]
     if new or gone:
-        told = [f"{len(new)} that it does not know ({listed(new)})"] * bool(new)
-        told += [f"{len(gone)} are missing ({listed(gone)})"] * bool(gone)
-        what = f"has other classes than the network: {'; '.join(told)}"
+        parts = [f"{len(new)} that it does not know ({listed(new)})"] * bool(new)
+        parts += [f"{len(gone)} are missing ({listed(gone)})"] * bool(gone)
+        what = f"has other classes than the network: {'; '.join(parts)}"
     elif len(found) != len(expected):
         what = f"has {len(found)} classes, some of them twice; the network has {len(expected)}"
     else:

@@ -183,9 +183,9 @@ def _read_all(
 
 
 def _read(path: str | pathlib.Path, read: Callable[[bytes], np.ndarray]) -> np.ndarray:
-    place = user_path(path)
+    file = user_path(path)
     try:
-        return read(read_bytes(place, MAX_IMAGE_BYTES))
+        return read(read_bytes(file, MAX_IMAGE_BYTES))
     except FileNotFoundError:
         raise UserError(f"{one_line(path)}: no such image file") from None
     except (MemoryError, ImportError):

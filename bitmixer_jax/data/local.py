@@ -7,22 +7,21 @@ published format that the copy was made from, the size and SHA-256 of each file,
 all this.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, BinaryIO, cast
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
 import numpy as np
 
 from bitmixer_jax.data.in_memory import Dataset, channel_stats
 from bitmixer_jax.data.splits import parse_split
 from bitmixer_jax.errors import UserError, reason, shown
-from bitmixer_jax.files import open_file, read_json
+from bitmixer_jax.files import open_file, read_json, write_whole
 
 _FORMAT = "bitmixer-dataset"
 _VERSION = 1
@@ -93,15 +92,8 @@ def load_local(name: str, split: str, data_dir: pathlib.Path) -> Dataset:
     if labels.max() >= len(spec.classes):
         found = f"expected labels in 0..{len(spec.classes) - 1}, found {labels.max()}"
         raise damaged(data_dir / name / f"{parts[0].name}_labels.npy", found)
-    return Dataset(
-        name=name,
-        split=split,
-        images=images,
-        labels=labels.astype(np.int32),
-        classes=spec.classes,
-        mean=np.asarray(info["mean"], np.float32),
-        std=np.asarray(info["std"], np.float32),
-    )
+    mean, std = (np.asarray(info[key], np.float32) for key in ("mean", "std"))
+    return Dataset(name, split, images, labels.astype(np.int32), spec.classes, mean, std)
 
 
 def open_local(
@@ -165,9 +157,9 @@ def _read_info(name: str, data_dir: pathlib.Path) -> dict[str, Any]:
                 type(x) in (int, float) and low <= x <= high for x in numbers
             ):
                 raise damaged(path, f"{key} must be {count} numbers, {key} > 0, at most 255")
-        if _DIGEST in info and info[_DIGEST] != _digest(info):
-            found = f"found {_digest(info)}"
-            raise damaged(path, f"expected {_DIGEST} {shown(info[_DIGEST])}, {found}")
+        stated, found = info.get(_DIGEST, ""), _digest(info)
+        if _DIGEST in info and stated != found:
+            raise damaged(path, f"expected {_DIGEST} {shown(stated)}, found {found}")
     except UserError:
         raise
     except Exception as error:  # missing keys, other types, numbers beyond range
@@ -240,8 +232,10 @@ def write_local(
     files: dict[str, Any] = {}
     for array, values in arrays.items():
         path = folder / f"{array}.npy"
-        with _create(path) as file:
+        with path.open("wb") as file:
             np.save(file, values, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
         files[path.name] = {
             "sha256": sha256_file(path),
             "bytes": path.stat().st_size,
@@ -262,17 +256,7 @@ def write_local(
         "files": files,
     }
     info[_DIGEST] = _digest(info)
-    with _create(folder / "info.json") as file:
-        file.write((json.dumps(info, indent=2) + "\n").encode())
-
-
-@contextlib.contextmanager
-def _create(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing, and flushes it to the disk when the block ends."""
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(folder / "info.json", json.dumps(info, indent=2) + "\n")
 
 
 def sha256_file(path: pathlib.Path) -> str:

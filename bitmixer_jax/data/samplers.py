@@ -1,4 +1,4 @@
-"""Which images a batch takes, and which part of each: functions of (seed, epoch, image) alone."""
+"""Which images a batch takes, and which part of each: functions of seed, epoch and image."""
 
 import dataclasses
 import functools

@@ -1,7 +1,7 @@
 """Image sets too large for memory: worker processes decode them while the network trains.
 
 Which images a batch takes, how each is cropped and whether it is mirrored depend on (seed, epoch,
-image) alone. So the batches are the same for any number of workers and hosts, and from any step on.
+image) only. So the batches are the same for any number of workers and hosts, and from any step on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MEAN = np.asarray((0.485, 0.456, 0.406), np.float32) * 255
 STD = np.asarray((0.229, 0.224, 0.225), np.float32) * 255
 
 _CHUNK = 32  # images that a worker hands over at once: few, so that all share in each batch
-_MAX_ATTEMPTS = 100  # images that are tried in place of an unreadable one
+_MAX_ATTEMPTS = 100  # images that are tried before unreadable ones are an error
 _MAX_WARNINGS = 10  # unreadable images that the log names
 
 

@@ -40,7 +40,7 @@ def check_main(workers: int) -> None:
     path = getattr(main, "__file__", None)
     if not number_of(workers):
         return
-    # Only of a process that is importing its main script; a private name, absent elsewhere.
+    # Set while a child process imports the main script. The name is private and may go away.
     importing = getattr(multiprocessing.current_process(), "_inheriting", False)
     if path is None or getattr(main, "__spec__", None) is not None:  # interactive; python -m
         missing = importing
@@ -94,7 +94,7 @@ def open_iterator(items: Any, workers: int, size: int) -> Any:
     import grain
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # grain reads its own flags, and refuses where nobody parsed
+    if not flags.FLAGS.is_parsed():  # grain refuses to run before flags are parsed
         flags.FLAGS.mark_as_parsed()
     number = number_of(workers)
     threads = 2 if number else _cores()  # two: one reads while the other decodes

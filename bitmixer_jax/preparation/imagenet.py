@@ -4,7 +4,6 @@ The records are those that tensorflow-datasets would write, but this needs no Te
 """
 
 import functools
-import importlib.util
 import os
 import pathlib
 import tarfile
@@ -22,7 +21,7 @@ Splits = Mapping[str, Callable[[], Images]]
 
 
 def write_records(source: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
-    """Writes `data_dir/imagenet2012/5.1.0` as array_record, unless it is there.
+    """Writes `data_dir/imagenet2012/5.1.0` as array_record, unless it exists.
 
     It copies the image files unchanged, in shuffled order. The folder gets its name when it is
     complete. Meanwhile the images take twice their space.
@@ -121,10 +120,9 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
 
 def published_labels() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns what tensorflow-datasets lists: the classes, and that of each validation image."""
-    found = importlib.util.find_spec("tensorflow_datasets")
-    assert found is not None
-    assert found.origin is not None
-    folder = pathlib.Path(found.origin).parent / "datasets" / "imagenet2012"
+    import tensorflow_datasets as tfds
+
+    folder = pathlib.Path(tfds.__file__).parent / "datasets" / "imagenet2012"
     names = ("labels.txt", "validation_labels.txt")
     classes, validation = (tuple((folder / name).read_text().split()) for name in names)
     return classes, validation

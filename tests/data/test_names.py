@@ -1,4 +1,4 @@
-"""Names of classes and files: those that a run knows, and those that are not UTF-8."""
+"""Names of classes and files in messages, those that are not UTF-8 too; reasons of errors."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 import bitmixer_jax
 from bitmixer_jax.data import find_images, read_images, require_classes
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, reason, shown
 from bitmixer_jax.preparation import prepare
 from tests.data.streams import CLASSES, SKIP, opened
 
@@ -38,6 +38,26 @@ def test_other_classes_are_named(found, message):
     assert message in said
     assert len(said.splitlines()) == 1
     assert len(said) < 400
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/x"), "No such file or directory"),
+        (OSError("it is too large"), "it is too large"),
+        (ValueError("\n \n what is wrong \n where"), "what is wrong"),
+        (KeyError(), "KeyError"),
+        (ValueError("a\x1bb"), r"a\x1bb"),
+        (ValueError("x" * 1000), "x" * 200),
+    ],
+)
+def test_reason_of_an_error(error, expected):
+    assert reason(error) == expected
+
+
+def test_values_are_shown_on_one_short_line():
+    assert shown("a\nb") == r"'a\nb'"
+    assert len(shown("x" * 1000)) == 80
 
 
 ODD = [b"\xff\xfe", "été".encode("latin-1"), b"a\nb"]
