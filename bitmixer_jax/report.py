@@ -44,13 +44,9 @@ def report(trained: Trained, progress: Progress = iter) -> tuple[pathlib.Path, l
             print(f"report without accuracies: {error}")
         result = evaluate(trained, uniform=False)
     baseline_top1 = _baseline_top1(run, progress)
-    folder, lines = trained.folder / "report", table(result, baseline_top1)
     if hosts.is_primary():
-        try:
-            _write(folder, trained, result, baseline_top1)
-        except OSError as error:
-            raise cannot_write(folder, error) from None
-    return folder, lines
+        write_report(trained, result, baseline_top1)
+    return trained.folder / "report", table(result, baseline_top1)
 
 
 def _baseline_top1(run: Run, progress: Progress) -> float | None:
@@ -68,13 +64,31 @@ def _baseline_top1(run: Run, progress: Progress) -> float | None:
     return None
 
 
+def write_report(
+    trained: Trained, result: Mapping[str, Any], baseline_top1: float | None = None
+) -> None:
+    """Writes ``WORKDIR/report``.
+
+    Args:
+      result: of `evaluation.evaluate`.
+      baseline_top1: accuracy of the full-precision baseline, where it is known.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    folder = trained.folder / "report"
+    try:
+        _write(folder, trained, result, baseline_top1)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+
+
 def _write(
     folder: pathlib.Path,
     trained: Trained,
     result: Mapping[str, Any],
     baseline_top1: float | None,
 ) -> None:
-    """Writes the files of a report. Raises OSError."""
     config = trained.config
     folder.mkdir(exist_ok=True)
     write_whole(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")

@@ -21,7 +21,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.front import load_front
 from bitmixer_jax.plotting import COLORS, new_figure
 from bitmixer_jax.runtime import Runtime
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 
 WINDOW = 20  # calls over which accuracy is averaged in the plot
 
@@ -118,7 +118,7 @@ def main():
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {given.out}: cannot write there ({error.strerror})") from None
-    run, _, _ = load_trained(given.workdir)
+    run = load(given.workdir).run
     data = datasets.load(run.dataset, run.test_split, given.data_dir or run.data_dir or None)
     runtime = Runtime.load(given.workdir, batch_size=given.batch_size)
     front = load_front(given.front, runtime.names, runtime.space, runtime.weights_digest)

@@ -23,7 +23,7 @@ from bitmixer_jax import BitSpace, load_policy, save_policy
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.packed import pack, unpack
 from bitmixer_jax.report import plot_curves
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 from bitmixer_jax.training.checkpoints import digest
 
 SLOW = 30.0  # seconds; a file takes milliseconds, a plot one second
@@ -146,7 +146,7 @@ def fuzz_onnx(given, path):
 def fuzz_workdir(given, copy):
     """Fuzzes the files of a workdir, in a copy of it."""
     shutil.copytree(given.workdir, copy)
-    wanted = digest(load_trained(copy)[2])
+    wanted = digest(load(copy).variables)
 
     def through(path, load):
         def run(changed):
@@ -159,7 +159,7 @@ def fuzz_workdir(given, copy):
         return True
 
     def load():
-        return digest(load_trained(copy)[2])
+        return digest(load(copy).variables)
 
     def curves():
         plot_curves(copy / "curves.png", copy)

@@ -18,7 +18,7 @@ import numpy as np
 
 from bitmixer_jax import data as datasets
 from bitmixer_jax.evaluation import Evaluator, random_policies
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 
 POLICIES = 64
 
@@ -43,7 +43,8 @@ def main():
     parser.add_argument("--data_dir")
     parser.add_argument("--json", type=pathlib.Path)
     given = parser.parse_args()
-    run, model, variables = load_trained(given.workdir)
+    loaded = load(given.workdir)
+    run, model, variables = loaded.run, loaded.model, loaded.variables
     variables = jax.device_put(variables, jax.local_devices()[0])
     policies = random_policies(model, POLICIES, 0)
     float_model = model.baseline()

@@ -47,20 +47,22 @@ def tiny():
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory):
     """Workdir of a tiny run through the three stages, with its report: 2 + 6 + 80 steps."""
-    from bitmixer_jax.runs import train_and_report
+    from bitmixer_jax.report import report
+    from bitmixer_jax.training import train
 
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    train_and_report(tiny(), workdir)
+    report(train(tiny(), workdir))
     return workdir
 
 
 @pytest.fixture(scope="session")
 def trained_float(tiny, tmp_path_factory):
     """Workdir of a tiny float twin, with its report: 8 steps."""
-    from bitmixer_jax.runs import train_and_report
+    from bitmixer_jax.report import report
+    from bitmixer_jax.training import train
 
     workdir = tmp_path_factory.mktemp("float") / "run"
-    train_and_report(tiny(variant="float"), workdir)
+    report(train(tiny(variant="float"), workdir))
     return workdir
 
 

@@ -11,7 +11,7 @@ import pytest
 from bitmixer_jax import cli
 from bitmixer_jax.front import load_front
 from bitmixer_jax.policy import load_policy, save_policy
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 from bitmixer_jax.training.checkpoints import Checkpoints
 
 COMMANDS = ("train", "evaluate", "cost", "search", "front", "prepare", "benchmark")
@@ -53,7 +53,7 @@ def test_wrong_policy_length_is_one_line(fails, trained):
 
 
 def test_misspelt_layer_in_a_policy_file_names_the_nearest(fails, trained, tmp_path):
-    _, model, _ = load_trained(trained)
+    model = load(trained).model
     path = tmp_path / "policy.json"
     save_policy(path, [3] * model.num_layers, model.names, model.space)
     path.write_text(path.read_text().replace("stage1.block1.conv1", "stage1.blok1.conv1"))
@@ -258,7 +258,7 @@ def test_change_of_no_policy_is_one_line(fails, trained):
 
 
 def test_cost_of_a_policy_with_changed_layers_is_shown_and_written(trained, tmp_path, capsys):
-    _, model, _ = load_trained(trained)
+    model = load(trained).model
     out = tmp_path / "policy.json"
     words = ("--set", "stage?.block1.conv1=2", "--set", "stage1.block1.conv1=3", "--out", str(out))
     assert cli.main(["cost", "--workdir", str(trained), *words]) == 0
@@ -330,7 +330,7 @@ def test_front_writes_a_front_and_its_plots(searched, tmp_path, capsys):
     words = ("--method", "random", "--evaluations", "6", "--images", "64", "--random", "3")
     assert cli.main(["front", "--workdir", str(searched), *words, "--out", str(out)]) == 0
     assert "read once, after the search." in " ".join(capsys.readouterr().out.split())
-    _, model, _ = load_trained(searched)
+    model = load(searched).model
     front = load_front(out / "front.json", model.names, model.space)
     assert front.cost == "bitops"
     assert {path.name for path in out.iterdir()} == {"front.json", "front.png", "widths.png"}

@@ -12,9 +12,9 @@ import pytest
 
 from bitmixer_jax import data
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.evaluation import Evaluator, evaluate, random_policies
+from bitmixer_jax.evaluation import Evaluator, evaluate_protocols, random_policies
 from bitmixer_jax.pairs import covering_policies, pairs_used, recalibrate, uncalibrated_pairs
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 
 POLICY = np.asarray([4, 3, 2, 2, 3, 4], np.int32)
 
@@ -22,13 +22,15 @@ POLICY = np.asarray([4, 3, 2, 2, 3, 4], np.int32)
 @pytest.fixture(scope="module")
 def network(trained):
     """Run, network and variables at the end of training."""
-    return load_trained(trained)
+    loaded = load(trained)
+    return loaded.run, loaded.model, loaded.variables
 
 
 @pytest.fixture(scope="module")
 def young(trained):
     """Network and variables before any layer drew its own width."""
-    return load_trained(f"{trained}@weights")[1:]
+    loaded = load(f"{trained}@weights")
+    return loaded.model, loaded.variables
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_fifty_random_policies_are_one_trace(network, evaluator):
 
 def test_protocols_hold_the_scores_of_their_policies(network, evaluator):
     _, model, variables = network
-    result = evaluate(evaluator, variables, random=4, seed=3, policy=POLICY)
+    result = evaluate_protocols(evaluator, variables, random=4, seed=3, policy=POLICY)
     scores = evaluator.top1(variables, random_policies(model, 4, 3))
     assert result["random"]["scores"] == scores.tolist()
     assert result["random"]["mean"] == pytest.approx(scores.mean())
@@ -278,8 +280,9 @@ import json, sys
 import jax
 from bitmixer_jax import data
 from bitmixer_jax.evaluation import Evaluator, random_policies
-from bitmixer_jax.training import load_trained
-_, model, variables = load_trained(sys.argv[1])
+from bitmixer_jax.trained import load
+loaded = load(sys.argv[1])
+model, variables = loaded.model, loaded.variables
 digits = data.load("digits", "test[:90]")
 policies = random_policies(model, 5, seed=9)
 found = []

@@ -14,7 +14,7 @@ import pytest
 from bitmixer_jax import data
 from bitmixer_jax.cost import costs
 from bitmixer_jax.front import Front, Point
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 from bitmixer_jax.training.checkpoints import digest
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
@@ -32,7 +32,8 @@ def run(name, *words):
 @pytest.fixture(scope="module")
 def front(trained, tmp_path_factory):
     """A front file of three policies of the tiny network."""
-    _, model, variables = load_trained(trained)
+    loaded = load(trained)
+    model, variables = loaded.model, loaded.variables
     cost = costs(model)["bitops"]
     points = tuple(
         Point(widths=tuple(p), cost=float(cost(np.asarray(p))), loss=1.0 - i / 4, top1=0.5)

@@ -1,5 +1,6 @@
 """The report of a run: a summary and plots, from whatever the run left."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,11 +12,10 @@ import pytest
 from PIL import Image
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.report import plot_curves, table, write_report
-from bitmixer_jax.runs import train_and_report
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.report import plot_curves, report, table, write_report
+from bitmixer_jax.trained import load
+from bitmixer_jax.training import train
 from bitmixer_jax.training.metrics import METRICS_FILE, Metrics, read_metrics
-from bitmixer_jax.training.workdir import read_config
 
 
 def assert_real_plot(path):
@@ -48,20 +48,19 @@ def test_report_of_a_float_twin_has_curves_and_one_accuracy(trained_float):
     names = {path.name for path in (trained_float / "report").iterdir()}
     assert names == {"README.md", "evaluation.json", "curves.png"}
     assert_real_plot(trained_float / "report" / "curves.png")
-    assert "| float twin | " in (trained_float / "report" / "README.md").read_text()
+    assert "| full-precision baseline | " in (trained_float / "report" / "README.md").read_text()
 
 
 def test_float_twin_that_a_run_started_from_is_in_its_report(trained, tmp_path):
-    _, model, variables = load_trained(trained)
     workdir = shutil.copytree(trained, tmp_path / "run")
     result = json.loads((workdir / "report" / "evaluation.json").read_text())
-    config = read_config(workdir)
-    folder = write_report(workdir, model, variables["batch_stats"], result, config, 0.75)
-    assert "| float twin | 75.00 |" in (folder / "README.md").read_text()
+    write_report(load(workdir), result, 0.75)
+    text = (workdir / "report" / "README.md").read_text()
+    assert "| full-precision baseline | 75.00 |" in text
 
 
 def test_report_of_pairs_not_visited_yet_leaves_accuracies_out(tiny, tmp_path, capsys):
-    train_and_report(tiny("order=('activations',)"), tmp_path / "run")
+    report(train(tiny("order=('activations',)"), tmp_path / "run"))
     folder = tmp_path / "run" / "report"
     assert "report without accuracies: " in capsys.readouterr().out
     assert_real_plot(folder / "curves.png")
@@ -69,10 +68,10 @@ def test_report_of_pairs_not_visited_yet_leaves_accuracies_out(tiny, tmp_path, c
 
 
 def test_file_in_place_of_the_report_is_an_error(trained, tmp_path):
-    _, model, variables = load_trained(trained)
     (tmp_path / "report").write_text("")
+    loaded = dataclasses.replace(load(trained), folder=tmp_path)
     with pytest.raises(UserError, match="report: cannot write there"):
-        write_report(tmp_path, model, variables["batch_stats"], {}, {})
+        write_report(loaded, {})
 
 
 @pytest.mark.parametrize("lines", [0, 1])

@@ -20,7 +20,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.loaded_model import from_variables
 from bitmixer_jax.pairs import uncalibrated_pairs
 from bitmixer_jax.runtime import Runtime
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 from bitmixer_jax.training.checkpoints import digest
 
 POLICY = np.asarray([4, 3, 2, 2, 3, 4], np.int32)
@@ -43,7 +43,8 @@ def fresh(runtime):
 @pytest.fixture(scope="module")
 def network(trained):
     """Network and variables at the end of training."""
-    return load_trained(trained)[1:]
+    loaded = load(trained)
+    return loaded.model, loaded.variables
 
 
 @pytest.fixture(scope="module")

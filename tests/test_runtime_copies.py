@@ -15,7 +15,7 @@ from bitmixer_jax import data
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.loaded_model import from_variables
 from bitmixer_jax.runtime import Runtime
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 
 POLICY = [4, 3, 2, 2, 3, 4]
 
@@ -93,7 +93,8 @@ def test_a_source_that_changed_is_refused(runtime, workdir):
 
 
 def test_a_network_in_memory_says_what_to_do(workdir):
-    _, model, variables = load_trained(workdir)
+    loaded = load(workdir)
+    model, variables = loaded.model, loaded.variables
     runtime = Runtime(
         from_variables(model, variables, mean=[0], std=[1], classes=tuple("0123456789")),
         batch_size=1,

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from typing import TYPE_CHECKING
 
 from bitmixer_jax.cli.common import AddCommand, add_out, count, print_markdown, search_bar
-from bitmixer_jax.cli.search import add_settings, settings_of, what_was_read
-
-if TYPE_CHECKING:
-    from bitmixer_jax.cost import Cost
-    from bitmixer_jax.front import Front
-
-_ROWS = 12  # points of the front that the table shows
+from bitmixer_jax.cli.search import add_settings, settings_of
 
 
 def add(command: AddCommand) -> None:
@@ -43,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from bitmixer_jax.errors import UserError
     from bitmixer_jax.files import cannot_write, check_folder, check_free
     from bitmixer_jax.search import search_front
+    from bitmixer_jax.search.describe import describe_front
     from bitmixer_jax.search.plots import plot_front, plot_widths
 
     out = arguments.out
@@ -70,25 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise
     plot_front(out / "front.png", front)
     plot_widths(out / "widths.png", front)
-    notes = front.notes
-    read = what_was_read(session, notes["search"]["evaluations"], notes["test"]["examples"])
-    print_markdown([*_table(front, session.costs[front.cost]), "", *read])
+    print_markdown(describe_front(front, session))
     print(f"front and plots: {out}")
     return 0
-
-
-def _table(front: Front, cost: Cost) -> list[str]:
-    import numpy as np
-
-    points = front.points
-    rows = [f"| {cost.name} | of the widest | top-1 on test, % | widths |", "|---|---|---|---|"]
-    shown = np.unique(np.linspace(0, len(points) - 1, _ROWS).round().astype(int))
-    for i in shown:
-        point = points[i]
-        rows.append(
-            f"| {point.cost:,.6g} | {100 * point.cost / cost.widest:.1f}% | "
-            f"{100 * (point.test_top1 or 0):.2f} | {','.join(map(str, point.widths))} |"
-        )
-    if len(shown) < len(points):
-        rows.append(f"| ({len(points)} points in all) | | | |")
-    return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bitmixer_jax.cli.common import (
     AddCommand,
@@ -16,9 +16,6 @@ from bitmixer_jax.cli.common import (
     search_bar,
     seed,
 )
-
-if TYPE_CHECKING:
-    from bitmixer_jax.search.session import FoundPolicy, SearchSession
 
 
 def add(command: AddCommand) -> None:
@@ -95,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Searches, writes the policy file, prints a table."""
     from bitmixer_jax.files import check_free
     from bitmixer_jax.search import search_policy
+    from bitmixer_jax.search.describe import describe_policy
 
     check_free(arguments.out, arguments.overwrite, "--out")
     with search_bar() as on_scores:
@@ -102,36 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.workdir, arguments.budget, on_scores=on_scores, **settings_of(arguments)
         )
     found.save(arguments.out, overwrite=arguments.overwrite)
-    print_markdown(_table(found))
+    print_markdown(describe_policy(found))
     print(f"policy: {arguments.out}")
     return 0
-
-
-def _table(found: FoundPolicy) -> list[str]:
-    constraints, space = found.constraints, found.session.trained.model.space
-    rows = ["| policy | top-1 on test, % |" + "".join(f" {c.cost.name} |" for c in constraints)]
-    rows.append("|---|---|" + "---|" * len(constraints))
-    policies = [("found", found.point.widths, found.point.test_top1)]
-    for width, top1 in found.uniform.items():
-        uniform = space.uniform(width, len(found.point.widths))
-        policies.append((f"all {width} bits", tuple(uniform.tolist()), top1))
-    for name, policy, accuracy in policies:
-        cells = "".join(f" {float(c.cost(policy)):,.6g} |" for c in constraints)
-        rows.append(f"| {name} | {100 * (accuracy or 0):.2f} |{cells}")
-    evaluations = len(found.result.policies)
-    return [*rows, "", *what_was_read(found.session, evaluations, found.examples)]
-
-
-def what_was_read(session: SearchSession, evaluations: int, examples: int) -> list[str]:
-    """Lines that say which images a search and its test read."""
-    seen = ""
-    if session.seen_in_training:
-        seen = (
-            "; the network was trained on them: train with config.train_split=train[:90%] to keep "
-            "some"
-        )
-    return [
-        f"{session.settings.method}: {evaluations} policies evaluated on {len(session.data)} "
-        f"images of {session.split}{seen}; {session.seconds:.1f} s.",
-        f"Test data: {examples} images, read once, after the search.",
-    ]

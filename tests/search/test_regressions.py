@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import bitmixer_jax as bm
+from bitmixer_jax.cli import main
 from bitmixer_jax.cost import Cost, costs, load_latency
 from bitmixer_jax.evaluation import Scores
 from bitmixer_jax.front import Front, Point, load_front
@@ -17,12 +18,13 @@ from bitmixer_jax.search import (
     Constraint,
     EvaluationCache,
     Problem,
+    SearchSession,
+    SearchSettings,
     plots,
     search,
+    session,
 )
-from bitmixer_jax.search import workdir as workdirs
-from bitmixer_jax.search.workdir import Settings, Trained, front_workdir
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 
 CHOICES = (2, 3, 4)
 SPACE = bm.BitSpace(CHOICES)
@@ -186,21 +188,20 @@ def test_scores_that_cannot_be_noted_are_one_line(tmp_path):
 
 
 @pytest.fixture
-def as_if(monkeypatch):
-    def change(**settings):
-        def load(source):
-            run, model, variables = load_trained(source)
-            return dataclasses.replace(run, **settings), model, variables
+def as_if(trained):
+    """``as_if(train_split=...)``: opens sessions on the run as if it had such settings."""
 
-        monkeypatch.setattr(workdirs, "load_trained", load)
+    def change(**settings):
+        loaded = load(trained)
+        changed = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, **settings))
+        return lambda **more: SearchSession(changed, SearchSettings(**SMALL, **more))
 
     return change
 
 
 @pytest.mark.parametrize("split", ["train[:1437]", "train[:100%]", "train[0:]"])
-def test_a_split_that_left_nothing_out_is_searched_itself(trained, as_if, split):
-    as_if(train_split=split)
-    found = Trained(str(trained), Settings(**SMALL))
+def test_a_split_that_left_nothing_out_is_searched_itself(as_if, split):
+    found = as_if(train_split=split)()
     assert found.split == split
     assert found.seen_in_training
 
@@ -208,33 +209,33 @@ def test_a_split_that_left_nothing_out_is_searched_itself(trained, as_if, split)
 @pytest.mark.parametrize(
     ("train", "test"), [("train[:80%]", "train[80%:]"), ("train[:50%]", "train[80%:]")]
 )
-def test_test_data_that_are_a_slice_of_the_training_split_are_left_alone(
-    trained, as_if, train, test
-):
-    as_if(train_split=train, test_split=test)
-    found = Trained(str(trained), Settings(**SMALL))
+def test_test_data_that_are_a_slice_of_the_training_split_are_left_alone(as_if, train, test):
+    open_session = as_if(train_split=train, test_split=test)
+    found = open_session()
     assert found.split == train
     assert found.seen_in_training
     with pytest.raises(bm.UserError, match="that is test data"):
-        Trained(str(trained), Settings(**SMALL, split="train[79%:81%]"))
-    assert len(Trained(str(trained), Settings(**SMALL, split="train[70%:80%]")).data) == 16
+        open_session(split="train[79%:81%]")
+    assert len(open_session(split="train[70%:80%]").data) == 16
 
 
 def test_scores_are_kept_in_the_workdir_also_where_a_folder_above_has_an_at_sign(trained, tmp_path):
     (tmp_path / "me").mkdir()
     workdir = shutil.copytree(trained, tmp_path / "me@home" / "run")
-    found = Trained(str(workdir), Settings(**SMALL))
-    found.book(np.asarray([[4] * 6], np.int32))
+    found = SearchSession(load(workdir), SearchSettings(**SMALL))
+    found.cache(np.asarray([[4] * 6], np.int32))
     assert list((workdir / "search").iterdir())
     assert not list((tmp_path / "me").iterdir())
 
 
 @pytest.mark.parametrize("name", ["front.png", "widths.png"])
-def test_plots_that_are_there_are_refused_before_any_work(trained, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(workdirs, "load_trained", None)
+def test_plots_that_are_there_are_refused_before_any_work(
+    trained, tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.setattr(session, "load", None)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(bm.UserError, match=f"{name}: .*already exists"):
-        front_workdir(str(trained), "bitops", tmp_path, Settings(**SMALL))
+    assert main(["front", "--workdir", str(trained), "--out", str(tmp_path)]) == 2
+    assert f"{name}: already exists" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "mine"
 
 

@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from bitmixer_jax.runs import evaluate_workdir
 
 from bitmixer_jax import cli
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.files import hold
-from bitmixer_jax.runs import evaluate_workdir
 from bitmixer_jax.training import load_trained, train
 from bitmixer_jax.training.checkpoints import Checkpoints
 from bitmixer_jax.training.workdir import LOCK_FILE

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from bitmixer_jax.runs import train_and_report
 
 from bitmixer_jax.evaluation import Evaluator
-from bitmixer_jax.runs import train_and_report
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.metrics import read_metrics
 from bitmixer_jax.training.schedule import make_schedule

@@ -9,17 +9,17 @@ import signal
 import jax
 import numpy as np
 import pytest
+from bitmixer_jax.export.workdir import Settings as ExportSettings
+from bitmixer_jax.export.workdir import export_workdir
+from bitmixer_jax.runs import evaluate_workdir, train_and_report
+from bitmixer_jax.search.workdir import Settings, Trained
 
 from bitmixer_jax import data
 from bitmixer_jax.data import ImageReader
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
-from bitmixer_jax.export.workdir import Settings as ExportSettings
-from bitmixer_jax.export.workdir import export_workdir
 from bitmixer_jax.pairs import covering_policies
-from bitmixer_jax.runs import evaluate_workdir, train_and_report
 from bitmixer_jax.runtime import Runtime
-from bitmixer_jax.search.workdir import Settings, Trained
 from bitmixer_jax.training import Interrupted, load_config, load_trained, loop, train
 from bitmixer_jax.training.checkpoints import Checkpoints
 from bitmixer_jax.training.config import read

@@ -1,5 +1,7 @@
 """bitmixer export and predict on a trained workdir."""
 
+import contextlib
+import io
 import json
 
 import numpy as np
@@ -7,11 +9,12 @@ import pytest
 from PIL import Image
 
 from bitmixer_jax import data
+from bitmixer_jax.cli import main
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export import workdir
+from bitmixer_jax.export import ExportSettings, export, export_network
 from bitmixer_jax.export.packed import load_packed
-from bitmixer_jax.export.predict import predict_files
-from bitmixer_jax.export.workdir import Settings, export_workdir
+from bitmixer_jax.export.verify import summary
+from bitmixer_jax.predict import predict_files
 from bitmixer_jax.runtime import Runtime
 
 QUICK = dict(images=40, random=3)
@@ -19,9 +22,9 @@ QUICK = dict(images=40, random=3)
 
 @pytest.fixture(scope="module")
 def packed(trained, tmp_path_factory):
-    """A packed file of the trained network, and what the command said."""
+    """A packed file of the trained network, and the report of its export."""
     path = tmp_path_factory.mktemp("export") / "net.packed"
-    return path, export_workdir(str(trained), path, Settings(format="packed", **QUICK))
+    return path, export_network(trained, path, format="packed", **QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def test_the_packed_file_answers_as_the_workdir(trained, packed):
     path, _ = packed
     images = data.load("digits", "test[:50]").images
     ours, theirs = Runtime.load(path), Runtime.load(trained)
-    assert ours.network == theirs.network
+    assert ours.weights_digest == theirs.weights_digest
     for policy in (2, 3, 4, [4, 3, 2, 2, 3, 4]):
         np.testing.assert_allclose(
             ours.predict(images, policy), theirs.predict(images, policy), rtol=1e-5, atol=1e-5
@@ -46,55 +49,64 @@ def test_the_packed_file_answers_as_the_workdir(trained, packed):
 
 
 def test_the_report_lies_beside_and_says_how_well_it_agrees(packed):
-    path, lines = packed
-    report = json.loads((path.parent / "net.packed.report.json").read_text())
+    path, report = packed
+    assert report == json.loads((path.parent / "net.packed.report.json").read_text())
     assert report["passed"]
     assert report["policies"] == len(report["by_policy"]) == 6
     assert report["bytes"] == path.stat().st_size
-    assert any("verified: packed, 6 policies x 40 images" in line for line in lines)
+    assert summary(report).startswith("verified: packed, 6 policies x 40 images")
 
 
-def test_sizes_are_printed(packed):
-    path, lines = packed
-    table = "\n".join(lines)
+@pytest.fixture(scope="module")
+def printed(trained, tmp_path_factory):
+    """What `bitmixer export` prints for a packed file, and the file."""
+    path, text = tmp_path_factory.mktemp("printed") / "net.packed", io.StringIO()
+    words = ["export", "--workdir", trained, "--format", "packed", "--out", path]
+    with contextlib.redirect_stdout(text):
+        assert main([*map(str, words), "--images", "20", "--random", "1"]) == 0
+    return path, text.getvalue()
+
+
+def test_sizes_are_printed(printed):
+    path, table = printed
     for row in ("float32 weights", "8-bit", "4-bit", "3-bit", "2-bit", "cut to 3 bits (3 planes)"):
         assert row in table
     assert f"{path.stat().st_size:,}" in table
 
 
-def test_a_cut_file_has_the_size_that_was_printed(packed, tmp_path):
-    path, lines = packed
-    (row,) = [line for line in lines if "cut to 2 bits" in line]
-    size = int(row.split("|")[2].replace(",", ""))
+def test_a_cut_file_has_the_size_that_was_printed(printed, tmp_path):
+    path, table = printed
+    (row,) = [line for line in table.splitlines() if "cut to 2 bits" in line]
+    size = int(row.split()[-1].replace(",", ""))
     (tmp_path / "cut").write_bytes(path.read_bytes()[:size])
     assert load_packed(tmp_path / "cut").space.choices == (2,)
 
 
 def test_float16_tables_are_smaller(trained, packed, tmp_path):
-    settings = Settings(format="packed", norm_dtype="float16", **QUICK)
-    export_workdir(str(trained), tmp_path / "small", settings)
+    export_network(trained, tmp_path / "small", format="packed", norm_dtype="float16", **QUICK)
     assert (tmp_path / "small").stat().st_size < packed[0].stat().st_size
 
 
 def test_a_mismatch_fails_and_leaves_nothing(trained, tmp_path, monkeypatch):
-    def wrong(source, path, settings):
-        what, engine, tolerance = workdir._packed(source, path, settings)
+    def wrong(*arguments):
+        what, engine, tolerance = write_packed(*arguments)
         return what, lambda images, policy: engine(images, policy) + 1, tolerance
 
-    monkeypatch.setitem(workdir._WRITERS, "packed", wrong)
+    write_packed = export.WRITERS["packed"]
+    monkeypatch.setitem(export.WRITERS, "packed", wrong)
     with pytest.raises(UserError, match="MISMATCH"):
-        export_workdir(str(trained), tmp_path / "net", Settings(format="packed", **QUICK))
+        export_network(trained, tmp_path / "net", format="packed", **QUICK)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_there_is_kept_unless_told(trained, tmp_path):
     path = tmp_path / "net"
     path.write_text("precious")
-    settings = Settings(format="packed", **QUICK)
+    settings = dict(format="packed", **QUICK)
     with pytest.raises(UserError, match="already exists"):
-        export_workdir(str(trained), path, settings)
+        export_network(trained, path, **settings)
     assert path.read_text() == "precious"
-    export_workdir(str(trained), path, settings, overwrite=True)
+    export_network(trained, path, **settings, overwrite=True)
     load_packed(path)
 
 
@@ -103,36 +115,36 @@ def test_what_is_there_is_kept_unless_told(trained, tmp_path):
     [
         (dict(format="tflite"), "unknown"),
         (dict(format="onyx"), "did you mean onnx"),
-        (dict(format="packed", policy="3"), "--policy 3: of --format onnx alone"),
-        (dict(format="onnx", storage_dtype="int4"), "give --policy"),
-        (dict(format="onnx", fast=True), "--fast.*give --policy"),
-        (dict(format="packed", fast=True), "--fast.*of one policy alone"),
+        (dict(format="packed", policy="3"), "policy 3: of format onnx alone"),
+        (dict(format="onnx", storage_dtype="int4"), "give a policy"),
+        (dict(format="onnx", fast=True), "fast.*give a policy"),
+        (dict(format="packed", fast=True), "fast.*of one policy alone"),
         (dict(format="onnx", policy="3", fast=True, storage_dtype="int4"), "only int8 is fast"),
-        (dict(format="onnx", norm_dtype="float16"), "of --format packed alone"),
-        (dict(format="onnx", changes=("a=2",)), "--set changes a policy"),
-        (dict(format="packed", images=0), "--images 0"),
+        (dict(format="onnx", norm_dtype="float16"), "of format packed alone"),
+        (dict(format="onnx", changes={"a": 2}), "changes of widths: of a policy"),
+        (dict(format="packed", images=0), "images 0"),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_line(settings, says):
     with pytest.raises(UserError, match=says):
-        Settings(**settings)
+        ExportSettings(**settings)
 
 
 def test_a_float_twin_is_refused(trained_float, tmp_path):
-    with pytest.raises(UserError, match="float twin"):
-        export_workdir(str(trained_float), tmp_path / "x", Settings(format="packed"))
+    with pytest.raises(UserError, match="full-precision baseline has no widths to export"):
+        export_network(trained_float, tmp_path / "x", format="packed")
 
 
 def test_stage_with_unvisited_pairs_exports_what_it_can(trained, tmp_path):
-    lines = export_workdir(
-        f"{trained}@weights", tmp_path / "net", Settings(format="packed", **QUICK)
-    )
-    assert any("verified" in line for line in lines)
+    report = export_network(f"{trained}@weights", tmp_path / "net", format="packed", **QUICK)
+    assert report["passed"]
+    widths = {tuple(entry["widths"]) for entry in report["by_policy"]}
+    assert widths >= {(2,) * 6, (3,) * 6, (4,) * 6}
 
 
 def test_predict_names_classes(packed, photos, trained):
-    by_file = predict_files(str(packed[0]), photos, policy="3", changes=["stage3.*=2"], top=2)
-    by_workdir = predict_files(str(trained), photos, policy="3", changes=["stage3.*=2"], top=2)
+    by_file = predict_files(str(packed[0]), photos, policy="3", changes={"stage3.*": 2}, top=2)
+    by_workdir = predict_files(str(trained), photos, policy="3", changes={"stage3.*": 2}, top=2)
     for (path, ours), (_, theirs) in zip(by_file, by_workdir, strict=True):
         assert path.suffix == ".png"
         assert [name for name, _ in ours] == [name for name, _ in theirs]
@@ -145,18 +157,18 @@ def test_predict_names_classes(packed, photos, trained):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, dict(policy="3"), dict(policy="3", changes=("stage1.*=2",), storage_dtype="int2")],
+    [{}, dict(policy="3"), dict(policy="3", changes={"stage1.*": 2}, storage_dtype="int2")],
     ids=["switchable", "one policy", "int2"],
 )
 def test_onnx_exports_are_verified_and_predict(settings, trained, photos, tmp_path):
     pytest.importorskip("onnxruntime")
     path = tmp_path / "net.onnx"
-    export_workdir(str(trained), path, Settings(format="onnx", **settings, **QUICK))
+    export_network(trained, path, format="onnx", **settings, **QUICK)
     report = json.loads((tmp_path / "net.onnx.report.json").read_text())
     assert report["passed"]
     assert report["top1_agreement"] >= 0.99
-    policy = "" if settings else "3"
-    changes = settings.get("changes", ())
+    policy = None if settings else "3"
+    changes = settings.get("changes")
     ours = predict_files(str(path), photos, policy=policy, top=1)
     theirs = predict_files(str(trained), photos, policy="3", changes=changes, top=1)
     assert [c[0][0] for _, c in ours] == [c[0][0] for _, c in theirs]
@@ -168,9 +180,9 @@ def test_onnx_exports_are_verified_and_predict(settings, trained, photos, tmp_pa
 def test_the_fast_onnx_export_keeps_most_answers(trained, tmp_path):
     pytest.importorskip("onnxruntime")
     path = tmp_path / "net.onnx"
-    settings = Settings(format="onnx", policy="4", fast=True, **QUICK)
-    (line, _) = export_workdir(str(trained), path, settings)
-    assert "verified" in line
+    report = export_network(trained, path, format="onnx", policy="4", fast=True, **QUICK)
+    assert report["passed"]
+    assert report["top1_agreement"] >= 0.9
 
 
 def test_predict_says_what_is_wrong(packed, photos, tmp_path, command):
