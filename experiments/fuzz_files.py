@@ -148,23 +148,23 @@ def fuzz_workdir(given, copy):
     shutil.copytree(given.workdir, copy)
     wanted = digest(load(copy).variables)
 
-    def through(path, load):
+    def through(path, read):
         def run(changed):
             path.write_bytes(changed)
-            return load()
+            return read()
 
         return run
 
     def same(found, changed):
         return True
 
-    def load():
+    def values():
         return digest(load(copy).variables)
 
     def curves():
         plot_curves(copy / "curves.png", copy)
 
-    for name, read in (("config.json", load), ("metrics.jsonl", curves)):
+    for name, read in (("config.json", values), ("metrics.jsonl", curves)):
         path = copy / name
         whole = path.read_bytes()
         fuzz(name, whole, through(path, read), same, given.number, given.seed)
@@ -175,7 +175,7 @@ def fuzz_workdir(given, copy):
         whole = path.read_bytes()
         each = max(1, given.number // len(files))
         name = str(path.relative_to(copy))
-        fuzz(name, whole, through(path, load), lambda d, _: d == wanted, each, given.seed)
+        fuzz(name, whole, through(path, values), lambda d, _: d == wanted, each, given.seed)
         path.write_bytes(whole)
 
 

@@ -17,35 +17,29 @@ import numpy as np
 
 from bitmixer_jax import sample_average
 from bitmixer_jax.plotting import COLORS, new_figure
-from bitmixer_jax.search import Problem, parse_budget
-from bitmixer_jax.search.workdir import Settings, Trained
+from bitmixer_jax.search import SearchSession, SearchSettings, parse_budget
+from bitmixer_jax.trained import load
 
 ARMS = {
-    "greedy": Settings(method="greedy"),
-    "ilp, measured": Settings(method="ilp"),
-    "ilp, Hessian": Settings(method="ilp", sensitivity="hessian"),
-    "evolution": Settings(method="evolution", evaluations=256),
-    "random search": Settings(method="random", evaluations=256),
+    "greedy": SearchSettings(method="greedy"),
+    "ilp, measured": SearchSettings(method="ilp"),
+    "ilp, Hessian": SearchSettings(method="ilp", sensitivity="hessian"),
+    "evolution": SearchSettings(method="evolution", evaluations=256),
+    "random search": SearchSettings(method="random", evaluations=256),
 }
 
 
 def run(workdir, average, number, images, data_dir):
     """All arms on one network: a JSON tree."""
-    found = {}
+    found, trained = {}, load(workdir)
     for name, settings in ARMS.items():
         settings = dataclasses.replace(settings, images=images, data_dir=data_dir)
-        trained = Trained(workdir, settings)
-        limits = parse_budget([f"avg_bits={average}"], trained.costs)
-        problem = Problem(
-            space=trained.model.space,
-            groups=trained.groups,
-            objective=limits[0].cost,
-            constraints=limits,
-        )
-        result = trained.search(problem)
+        session = SearchSession(trained, settings)
+        limits = parse_budget([f"avg_bits={average}"], session.costs)
+        result = session.search(session.problem(limits[0].cost, limits))
         found[name] = dataclasses.asdict(result.best()) | {
             "evaluations": len(result.policies),
-            "seconds": round(trained.seconds, 1),
+            "seconds": round(session.seconds, 1),
         }
         print(workdir, name, found[name], flush=True)
     model, space = trained.model, trained.model.space
@@ -53,13 +47,12 @@ def run(workdir, average, number, images, data_dir):
     drawn = [sample_average(key, space, model.num_layers, average) for key in keys]
     uniform = [space.uniform(width, model.num_layers) for width in space.choices]
     searched = [np.asarray(entry["widths"]) for entry in found.values()]
-    evaluator, examples = trained.test()
-    top1 = evaluator.top1(trained.variables, np.stack([*searched, *uniform, *drawn]))
+    top1, examples = session.top1_on_test(np.stack([*searched, *uniform, *drawn]))
     for entry, accuracy in zip(found.values(), top1, strict=False):
         entry["test_top1"] = float(accuracy)
     after = len(searched) + space.n
     return {
-        "images": {"search": len(trained.data), "split": trained.split, "test": examples},
+        "images": {"search": len(session.data), "split": session.split, "test": examples},
         "methods": found,
         "uniform": {
             str(w): float(t) for w, t in zip(space.choices, top1[len(searched) :], strict=False)

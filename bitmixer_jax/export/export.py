@@ -89,6 +89,24 @@ class ExportSettings:
                 raise UserError(f"{name} {number}: give 1 or more")
 
 
+def integer_model_of(trained: Trained) -> IntegerModel:
+    """A trained network as integers, with what files of it say of its data. See `to_integer_model`."""
+    info = trained.dataset_info
+    return to_integer_model(
+        trained.model,
+        trained.variables,
+        mean=info["mean"],
+        std=info["std"],
+        classes=tuple(info["classes"]),
+        weights_digest=trained.weights_digest,
+        about={
+            "model": dict(trained.run.model),
+            "dataset": trained.run.dataset,
+            "images": trained.reader.to_json(),
+        },
+    )
+
+
 class _Source:
     """The network to export, and its answers.
 
@@ -111,20 +129,7 @@ class _Source:
             self.policy = self.reference.check(policy)
         test = trained.load_split(trained.run.test_split, settings.data_dir)
         self.images = test.subset(np.arange(min(settings.images, len(test)))).images
-        info = trained.dataset_info
-        self.integer_model: IntegerModel = to_integer_model(
-            model,
-            trained.variables,
-            mean=info["mean"],
-            std=info["std"],
-            classes=tuple(info["classes"]),
-            weights_digest=trained.weights_digest,
-            about={
-                "model": dict(trained.run.model),
-                "dataset": trained.run.dataset,
-                "images": trained.reader.to_json(),
-            },
-        )
+        self.integer_model = integer_model_of(trained)
 
     def training_images(self) -> np.ndarray:
         """Some hundred training images, to see which values occur between layers."""

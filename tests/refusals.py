@@ -1,0 +1,26 @@
+"""How tests check that something is refused: by the code of the error, never by its words."""
+
+import contextlib
+
+import pytest
+
+from bitmixer_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def refused(code, *mentions, kind=UserError):
+    """Checks that the block is refused in one line.
+
+    Args:
+      code: of the error (`bitmixer_jax.errors.Code`).
+      mentions: names and values that the message must hold: what was given, what is allowed. Words
+        of the message itself are pinned in tests/messages.txt alone.
+      kind: type of the error.
+    """
+    with pytest.raises(kind) as caught:
+        yield caught
+    message = str(caught.value)
+    assert caught.value.code == code, message
+    assert len(message.splitlines()) == 1, message
+    for mention in mentions:
+        assert str(mention) in message, message
