@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.deprecated import new_keys
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.json_files import read_document, shown
+from bitmixer_jax.errors import UserError, shown
+from bitmixer_jax.files import read_document
 from bitmixer_jax.models import Network
 from bitmixer_jax.policy import closest
 

@@ -21,6 +21,8 @@ PACKAGE = "bitmixer_jax"
 # Both sides are below the package.
 MODULES = {
     "bits": "policy",
+    "inputs": "loaded_model",
+    "json_files": "files",
     "runnable": "loaded_model",
     "export.assembly": "export.packed_reader",
     "export.deployed": "export.integer_model",

@@ -16,10 +16,10 @@ import pathlib
 import socket
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, reason, shown
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JSON_LIMIT = 64 * 2**20  # bytes
@@ -39,16 +39,19 @@ def user_path(text: str | os.PathLike[str]) -> pathlib.Path:
     if separator and scheme.isalnum():
         raise UserError(
             f"{given}: paths of {scheme}:// are not supported; give a folder of a mounted file "
-            "system (for gs:// gcsfuse mounts a bucket)"
+            "system (for gs:// gcsfuse mounts a bucket)",
+            "bad-path",
         )
     if not given:
-        raise UserError("an empty path; for the current folder give .")
+        raise UserError("an empty path; for the current folder give .", "bad-path")
     if "\0" in given:
-        raise UserError(f"{given!r}: a path cannot hold a null character")
+        raise UserError(f"{given!r}: a path cannot hold a null character", "bad-path")
     try:
         return pathlib.Path(given).expanduser()
     except RuntimeError:
-        raise UserError(f"{given}: this user has no home folder; give the whole path") from None
+        raise UserError(
+            f"{given}: this user has no home folder; give the whole path", "bad-path"
+        ) from None
 
 
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
@@ -107,6 +110,62 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_user_file(
+    given: str | os.PathLike[str], what: str = "file", limit: int | None = None
+) -> tuple[pathlib.Path, bytes]:
+    """Reads a file that a user named.
+
+    Args:
+      given: its path; ``~`` is expanded.
+      what: kind of file, for messages, such as "packed file".
+      limit: most bytes that it may have.
+
+    Returns:
+      its path and its content.
+
+    Raises:
+      UserError: there is no such file, or it cannot be read.
+    """
+    path = user_path(given)
+    try:
+        return path, read_bytes(path, limit)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {what}", "no-such-file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})", "not-readable") from None
+
+
+def read_document(
+    given: str | os.PathLike[str], what: str, format: str, version: int
+) -> tuple[pathlib.Path, Mapping[str, Any]]:
+    """Reads a JSON file that names its format and version: a policy, a front, a latency table.
+
+    Args:
+      given: its path; ``~`` is expanded.
+      what: kind of file, for messages, such as "policy".
+      format, version: what its "format" and "version" must be.
+
+    Returns:
+      its path and its content.
+
+    Raises:
+      UserError: the file is missing, is no regular file, or is of another format or version.
+    """
+    path, text = read_user_file(given, f"{what} file", _JSON_LIMIT)
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not a {what} file ({error})", "wrong-format") from None
+    if not isinstance(content, Mapping) or content.get("format") != format:
+        raise UserError(f'{path}: not a {what} file ("format" must be "{format}")', "wrong-format")
+    found = content.get("version")
+    if type(found) is not int or found != version:
+        raise UserError(
+            f"{path}: {what} version {shown(found)}; this library reads {version}", "wrong-format"
+        )
+    return path, content
+
+
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file atomically. Replaces a file that exists and keeps its permissions.
 
@@ -150,7 +209,9 @@ def write_new(
         if path.exists() and not overwrite:
             if path.stat().st_size == len(data) and read_bytes(path) == data:
                 return
-            raise UserError(f"{path}: already exists; choose another path, or ask to overwrite")
+            raise UserError(
+                f"{path}: already exists; choose another path, or ask to overwrite", "exists"
+            )
         write_whole(path, data)
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -163,8 +224,9 @@ def cannot_write(path: str | os.PathLike[str], error: OSError, what: str = "") -
       what: the flag that named the path, for the message.
     """
     advice = "; make room and try again" if error.errno in _DISK_FULL else ""
-    reason = error.strerror or error
-    return UserError(f"{what} {path}".strip() + f": cannot write there ({reason}){advice}")
+    return UserError(
+        f"{what} {path}".strip() + f": cannot write there ({reason(error)}){advice}", "not-writable"
+    )
 
 
 def check_new(path: pathlib.Path, what: str = "") -> None:
@@ -179,9 +241,9 @@ def check_new(path: pathlib.Path, what: str = "") -> None:
     named = f"{what} {path}".strip()
     try:
         if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-            raise UserError(f"{named}: cannot write in {path.parent}")
+            raise UserError(f"{named}: cannot write in {path.parent}", "not-writable")
         if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
-            raise UserError(f"{named}: cannot write to it; name a file")
+            raise UserError(f"{named}: cannot write to it; name a file", "not-writable")
     except OSError as error:  # such as a name that is too long
         raise cannot_write(path, error, what) from None
 
@@ -197,7 +259,9 @@ def check_free(
     except OSError as error:  # such as a name that is too long
         raise cannot_write(path, error, what) from None
     if exists and not overwrite:
-        raise UserError(f"{what} {path}: already exists; choose another path, or give --overwrite")
+        raise UserError(
+            f"{what} {path}: already exists; choose another path, or give --overwrite", "exists"
+        )
 
 
 def check_folder(path: pathlib.Path, what: str = "--out") -> None:
@@ -208,7 +272,7 @@ def check_folder(path: pathlib.Path, what: str = "--out") -> None:
     except OSError as error:
         raise cannot_write(path, error, what) from None
     if not usable:
-        raise UserError(f"{what} {path}: cannot write there")
+        raise UserError(f"{what} {path}: cannot write there", "not-writable")
 
 
 @contextlib.contextmanager
@@ -230,7 +294,7 @@ def hold(path: pathlib.Path, what: str) -> Iterator[None]:
         number = _locked(path)
     except BlockingIOError:
         raise UserError(
-            f"{what}: in use by another process{_holder(path)}; wait until it ends"
+            f"{what}: in use by another process{_holder(path)}; wait until it ends", "in-use"
         ) from None
     except OSError as error:
         raise cannot_write(path, error) from None

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax import deprecated
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.files import write_new
-from bitmixer_jax.json_files import read_document, shown
+from bitmixer_jax.errors import UserError, shown
+from bitmixer_jax.files import read_document, write_new
 from bitmixer_jax.policy import BitSpace
 
 FRONT_FORMAT = "bitmixer-front"

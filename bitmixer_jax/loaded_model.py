@@ -11,8 +11,7 @@ import numpy as np
 
 from bitmixer_jax import deprecated
 from bitmixer_jax.data import ImageReader, normalize
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.inputs import check_images
+from bitmixer_jax.errors import UserError, reason
 from bitmixer_jax.models import Network
 from bitmixer_jax.policy import BitSpace, check_policy
 from bitmixer_jax.trained import Trained
@@ -144,6 +143,24 @@ def from_variables(
         weights_digest=weights_digest or digest(own),
         reader=reader or ImageReader(model.image_shape),
     )
+
+
+def check_images(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns images as uint8 ``[N, H, W, C]``, N at least 1.
+
+    Raises:
+      UserError: they are of another type or shape.
+    """
+    wanted = f"give uint8 (N, {', '.join(map(str, image_shape))}), N at least 1"
+    try:
+        given = np.asarray(images)
+    except (ValueError, RuntimeError, TypeError) as error:  # such as tensors on another device
+        raise UserError(
+            f"images: numpy cannot read them ({reason(error)}); {wanted}", "bad-shape"
+        ) from None
+    if given.dtype != np.uint8 or given.shape[1:] != tuple(image_shape) or not len(given):
+        raise UserError(f"images: got {given.dtype} {given.shape}; {wanted}", "bad-shape")
+    return given
 
 
 def calibrated_pairs(counts: Sequence[Any], n: int) -> np.ndarray:

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.files import user_path, write_new
-from bitmixer_jax.json_files import read_document, shown
+from bitmixer_jax.errors import UserError, shown
+from bitmixer_jax.files import read_document, user_path, write_new
 
 POLICY_FORMAT = "bitmixer-policy"
 POLICY_VERSION = 1

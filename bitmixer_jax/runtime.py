@@ -27,8 +27,7 @@ from bitmixer_jax.errors import UserError, reason
 from bitmixer_jax.export.integer_engine import from_integer_model
 from bitmixer_jax.export.packed import load_packed
 from bitmixer_jax.files import user_path
-from bitmixer_jax.inputs import check_images
-from bitmixer_jax.loaded_model import LoadedModel, Predictor, from_trained
+from bitmixer_jax.loaded_model import LoadedModel, Predictor, check_images, from_trained
 from bitmixer_jax.policy import BitSpace, check_policy
 from bitmixer_jax.training.workdir import parse_source
 

@@ -90,7 +90,7 @@ class ExportSettings:
 
 
 def integer_model_of(trained: Trained) -> IntegerModel:
-    """A trained network as integers, with what files of it say of its data. See `to_integer_model`."""
+    """A trained network as integers, with what its files say of the data: see `to_integer_model`."""
     info = trained.dataset_info
     return to_integer_model(
         trained.model,

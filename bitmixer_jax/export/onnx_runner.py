@@ -14,7 +14,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.description import Reader, Shape
 from bitmixer_jax.export.onnx_seal import FORMAT, KEY, VERSION, is_whole
 from bitmixer_jax.files import parse_json, read_bytes, user_path
-from bitmixer_jax.inputs import check_images
+from bitmixer_jax.loaded_model import check_images
 from bitmixer_jax.policy import BitSpace, check_policy
 
 OPTIMIZATION = ("off", "basic", "default")

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, shown
 from bitmixer_jax.export.description import Reader, describe
 from bitmixer_jax.export.integer_model import FloatStem, IntegerModel, Kernel
 from bitmixer_jax.export.packed_reader import NORM_DTYPES, PackedReader
 from bitmixer_jax.files import parse_json, read_bytes, user_path, write_new
-from bitmixer_jax.json_files import shown
 from bitmixer_jax.policy import BitSpace
 
 PACKED_FORMAT = "bitmixer-packed"

@@ -35,7 +35,7 @@ from bitmixer_jax.export.description import Reader, describe
 from bitmixer_jax.export.integer_engine import run_integer
 from bitmixer_jax.export.integer_model import IntegerModel
 from bitmixer_jax.files import open_file, parse_json, user_path, write_new
-from bitmixer_jax.inputs import check_images
+from bitmixer_jax.loaded_model import check_images
 from bitmixer_jax.policy import check_policy
 
 PLATFORMS = ("cpu", "cuda", "tpu")
