@@ -58,7 +58,8 @@ class Cost:
             or (np.asarray(self.choices)[columns] != widths).any()
         ):
             raise UserError(
-                f"cost: give {len(self.table)} widths from {self.choices}, got {widths.tolist()}"
+                f"cost: give {len(self.table)} widths from {self.choices}, got {widths.tolist()}",
+                "policy-form",
             )
         return self.table[np.arange(len(self.table)), columns].sum(-1) / self.divisor
 
@@ -170,18 +171,24 @@ def load_latency(path: str | pathlib.Path, model: Network) -> Cost:
     path, content = read_document(path, "latency", LATENCY_FORMAT, LATENCY_VERSION)
     layers = content.get("layers")
     if not isinstance(layers, Mapping):
-        raise UserError(f'{path}: "layers" must map each layer name to its seconds by width')
+        raise UserError(
+            f'{path}: "layers" must map each layer name to its seconds by width', "damaged"
+        )
     for name in layers:
         if name not in model.names:
-            raise UserError(f"{path}: unknown layer {shown(name)}{closest(name, model.names)}")
+            raise UserError(
+                f"{path}: unknown layer {shown(name)}{closest(name, model.names)}", "unknown-name"
+            )
     rows = []
     for name in model.names:
         times = layers.get(name)
         if not isinstance(times, Mapping):
-            raise UserError(f"{path}: no seconds for layer {name!r}")
+            raise UserError(f"{path}: no seconds for layer {name!r}", "other-network")
         missing = [b for b in model.space.choices if str(b) not in times]
         if missing:
-            raise UserError(f"{path}: layer {name!r} has no seconds at {missing[0]} bits")
+            raise UserError(
+                f"{path}: layer {name!r} has no seconds at {missing[0]} bits", "other-network"
+            )
         rows.append([_seconds(path, name, times[str(b)]) for b in model.space.choices])
     content = new_keys(content, {"ends": "first_last_layers"})
     fixed = content.get("first_last_layers", 0.0)
@@ -197,7 +204,7 @@ def load_latency(path: str | pathlib.Path, model: Network) -> Cost:
 
 def _seconds(path: pathlib.Path, name: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value < 1e9:
-        raise UserError(f"{path}: {name}: {shown(value)} is not a number of seconds")
+        raise UserError(f"{path}: {name}: {shown(value)} is not a number of seconds", "damaged")
     return float(value)
 
 

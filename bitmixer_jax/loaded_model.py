@@ -80,7 +80,8 @@ class LoadedModel:
                 f"policy {np.asarray(policy).tolist()}: {len(missing)} of its pairs of widths were "
                 f"never visited in training, such as {predecessor or 'any'}->{own} bits at "
                 f"{layer}: their BN statistics are unknown; take another policy, train for longer, "
-                "or recalibrate (pairs.recalibrate)"
+                "or recalibrate (pairs.recalibrate)",
+                "uncalibrated",
             )
 
 
@@ -248,7 +249,8 @@ class Predictor:
             ]
         if not np.isfinite(logits).all():
             raise UserError(
-                f"policy {policy.tolist()}: the logits are not finite; this network is broken"
+                f"policy {policy.tolist()}: the logits are not finite; this network is broken",
+                "not-finite",
             )
         return logits
 

@@ -112,7 +112,9 @@ def recalibrate(
       new variables, in which every pair counts as visited.
     """
     if len(images) < batch_size:
-        raise UserError(f"recalibration: {len(images)} images; give at least {batch_size}")
+        raise UserError(
+            f"recalibration: {len(images)} images; give at least {batch_size}", "no-data"
+        )
     start = fill_uncalibrated_pairs(variables, model.layers)
 
     @jax.jit

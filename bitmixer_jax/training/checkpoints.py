@@ -42,6 +42,8 @@ def check_path(workdir: pathlib.Path) -> None:
 class Damaged(UserError):
     """A checkpoint cannot be read, or holds other values than were saved."""
 
+    default_code = "damaged"
+
 
 class Checkpoints:
     """The checkpoints of a run, ``workdir/checkpoints/STEP``.
