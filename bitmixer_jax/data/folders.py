@@ -80,7 +80,8 @@ def open_folder(
     folders = {"validation" if p.name in _VALIDATION else p.name: p for p in found}
     if "train" not in folders:
         raise UserError(
-            f"{folder}: no folder of classes: give one with train/CLASS/*.JPEG and val/CLASS/*.JPEG",
+            f"{folder}: no folder of classes: give one with train/CLASS/*.JPEG and "
+            "val/CLASS/*.JPEG",
             "no-data",
         )
     try:

@@ -293,7 +293,8 @@ class Loader:
         if unreadable and not skip:
             raise UserError(
                 f"{len(unreadable)} of the {len(rows)} images of a batch cannot be read: "
-                f"{_with_reasons(unreadable)}; mend them, or set config.stream.skip_unreadable=True",
+                f"{_with_reasons(unreadable)}; mend them, or set "
+                "config.stream.skip_unreadable=True",
                 "bad-image",
             )
         for name, why in unreadable.items():

@@ -55,7 +55,8 @@ def check_main(workers: int) -> None:
     if missing:
         raise UserError(
             f"{path or 'the main script'} has no guard {_GUARD}, and processes that decode images "
-            "import it: put the code that starts training under this guard, or set config.workers=0",
+            "import it: put the code that starts training under this guard, or set "
+            "config.workers=0",
             "processes",
         )
 

@@ -85,7 +85,8 @@ class ExportSettings:
                 )
         if self.fast and self.storage_dtype != "int8":
             raise UserError(
-                f"fast with storage_dtype {self.storage_dtype}: only int8 is fast; give one of them",
+                f"fast with storage_dtype {self.storage_dtype}: only int8 is fast; "
+                "give one of them",
                 "conflict",
             )
         if self.changes and self.policy is None:
