@@ -12,7 +12,7 @@ import optax
 
 from bitmixer_jax import deprecated
 from bitmixer_jax.data import Dataset, Streamed, normalize
-from bitmixer_jax.devices import local_batch_indices, local_devices, shard
+from bitmixer_jax.distributed import local_batch_indices, local_devices, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import uncalibrated_pairs

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax import data as datasets
+from bitmixer_jax import distributed as hosts
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, UncalibratedPairs, evaluate
 from bitmixer_jax.files import user_path
@@ -18,7 +19,7 @@ from bitmixer_jax.models import Network, create_model
 from bitmixer_jax.pairs import covering_policies, recalibrate, uncalibrated_pairs
 from bitmixer_jax.policy import parse_changes, parse_policy, with_widths
 from bitmixer_jax.report import table, write_report
-from bitmixer_jax.training import Run, hosts, load_trained, train
+from bitmixer_jax.training import Run, load_trained, train
 from bitmixer_jax.training.workdir import read_config
 
 

@@ -116,7 +116,7 @@ def add(command: AddCommand) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from bitmixer_jax.training import hosts
+    from bitmixer_jax import distributed as hosts
 
     hosts.connect(
         arguments.coordinator,
