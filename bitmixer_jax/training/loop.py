@@ -72,6 +72,7 @@ def train(
       Interrupted: SIGTERM or SIGINT came; the state is saved.
       distributed.ProcessAborted: with several processes, this one or another one failed.
     """
+    # What can be wrong with settings and data fails here, before the workdir is touched.
     workdir = user_path(workdir)
     check_path(workdir)
     run = configuration.read(config)
@@ -93,6 +94,7 @@ def train(
         if run.init_from:
             initial_state(schedule, train_data)
     run = dataclasses.replace(run, dataset_info=describe_dataset(train_data))
+    # The stack closes in reverse order; the lock of the workdir is the last to go.
     with contextlib.ExitStack() as stack:
         _take_workdir(workdir, config, run, stack)
         checkpoints = stack.enter_context(_open_checkpoints(workdir, schedule))
@@ -110,10 +112,11 @@ def train(
             recorder.say(f"going on from step {int(state.step)} of {schedule.stage_ends[-1]}")
         loop = _Loop(schedule, train_data, test_data, devices, recorder)
         stack.callback(loop.feed.close)
+        # From here on a signal ends the run between two steps, with a checkpoint.
         loop.signals = stack.enter_context(_Signals())
         last = len(run.stages) - 1
         for stage in range(len(run.stages)):
-            if int(state.step) < schedule.stage_ends[stage]:
+            if int(state.step) < schedule.stage_ends[stage]:  # a resumed run is past some stages
                 state = loop.run_stage(stage, state)
         loop.evaluate(state, last)
         recorder.save(state, last)
@@ -132,12 +135,9 @@ def _take_workdir(
     workdir: pathlib.Path, config: Any, run: configuration.Run, stack: contextlib.ExitStack
 ) -> None:
     """Locks the workdir for this run until ``stack`` closes, and checks or writes its config."""
+    saved = configuration.to_json(config)
     # All settings of streams are stored: a file that lacks one was written before it existed.
-    stream = dataclasses.asdict(run.stream)
-    saved = {
-        **configuration.to_json(config),
-        **{"stream": stream, "dataset_info": run.dataset_info},
-    }
+    saved |= {"stream": dataclasses.asdict(run.stream), "dataset_info": run.dataset_info}
     # Defaults fill what an older config.json lacks. Stages and models are as the user names them.
     defaults = configuration.to_json(default_config())
     del defaults["stages"], defaults["model"]
