@@ -23,15 +23,26 @@ MODULES = {
     "bits": "policy",
     "inputs": "loaded_model",
     "json_files": "files",
+    "devices": "distributed",
     "runnable": "loaded_model",
     "export.assembly": "export.packed_reader",
     "export.deployed": "export.integer_model",
     "export.integer": "export.integer_engine",
     "search.scores": "search.cache",
     "training.claims": "training.workdir",
+    "training.hosts": "distributed",
     "training.plan": "training.schedule",
 }
 NAMES: dict[str, dict[str, str]] = {
+    "distributed": {
+        "Leave": "ProcessAborted",
+        "agree": "all_reduce_max",
+        "by_the_first": "on_primary",
+        "first": "is_primary",
+        "leave": "as_aborted",
+        "mine": "local_devices",
+        "places": "local_batch_indices",
+    },
     "evaluation": {"NeverVisited": "UncalibratedPairs"},
     "export.integer_model": {
         "Deployed": "IntegerModel",

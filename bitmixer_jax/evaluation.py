@@ -14,7 +14,7 @@ import optax
 
 from bitmixer_jax import deprecated
 from bitmixer_jax.data import Dataset, StreamingDataset, normalize
-from bitmixer_jax.devices import local_batch_indices, local_devices, shard
+from bitmixer_jax.distributed import local_batch_indices, local_devices, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import covering_policies, recalibrate, uncalibrated_pairs

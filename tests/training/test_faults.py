@@ -318,5 +318,5 @@ def test_damaged_metadata_of_a_checkpoint_are_one_line(trained, tmp_path, conten
     workdir = shutil.copytree(trained, tmp_path / "run")
     newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     (newest / "_CHECKPOINT_METADATA").write_text(content)
-    with pytest.raises(UserError, match=f"{newest}: damaged checkpoint .*Remove it"):
+    with pytest.raises(UserError, match=f"{newest}: damaged checkpoint .*Remove {newest} "):
         load_trained(workdir)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from bitmixer_jax.devices import replicate
+from bitmixer_jax.distributed import replicate
 from bitmixer_jax.models import create_model
 from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.training.losses import cross_entropy, distillation

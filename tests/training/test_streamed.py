@@ -93,11 +93,11 @@ def test_a_stopped_run_ends_as_the_one_that_never_was(
         call = type(made).__call__
 
         class Stopping(type(made)):
-            def __call__(self, step, take):
+            def __call__(self, step, count):
                 if step == at and not raised:
                     raised.append(step)
                     signal.raise_signal(signal.SIGTERM)
-                return call(self, step, take)
+                return call(self, step, count)
 
         made.__class__ = Stopping
         return made
@@ -184,7 +184,7 @@ def test_what_comes_after_training_takes_a_subset(streamed):
 
 
 @pytest.mark.slow
-def test_a_float_twin_starts_a_streamed_run(pictures, tmp_path):
+def test_a_baseline_starts_a_streamed_run(pictures, tmp_path):
     train(configured(pictures, variant="float"), tmp_path / "float")
     few = configured(pictures, f"init_from={tmp_path / 'float'}", "order=('weights',)")
     train_and_report(few, tmp_path / "run")
