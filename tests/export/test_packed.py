@@ -11,7 +11,7 @@ import pytest
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.integer_engine import run_integer
 from bitmixer_jax.export.packed import load_packed, pack, save_packed, unpack
-from tests.export.networks import WEIGHT_QUANTIZERS, images, integer_model
+from tests.export.networks import EACH_KIND, EVERYDAY, WEIGHT_QUANTIZERS, images, integer_model
 
 NESTED = [kind for kind in WEIGHT_QUANTIZERS if kind != "independent"]
 
@@ -34,7 +34,7 @@ def start_of_planes(data):
     return [8 + size + begin for begin, _ in planes] + [len(data)]
 
 
-@pytest.mark.parametrize("kind", WEIGHT_QUANTIZERS)
+@EACH_KIND
 def test_round_trip_keeps_every_number(kind):
     before, after = integer_model(kind), unpack(pack(integer_model(kind)), "file")
     for field in (
@@ -68,7 +68,10 @@ def test_other_readers_open_it(tmp_path):
     assert np.array_equal(bits, integer_model("resnet8").layers[0].kernels[0].codes.ravel() < 0)
 
 
-@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in EVERYDAY else pytest.mark.slow) for kind in NESTED],
+)
 def test_cut_after_some_planes_it_is_the_narrower_network(kind):
     whole, data = integer_model(kind), pack(integer_model(kind))
     edges = start_of_planes(data)

@@ -15,7 +15,7 @@ import pytest
 
 from bitmixer_jax import distributed
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 from bitmixer_jax.training.checkpoints import digest
 
 LONG = "--config.stages.mixed.epochs=5000"
@@ -89,7 +89,7 @@ def test_two_processes_are_one_with_two_devices(start, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     assert statuses(start(two, 2, 1)) == [0, 0]
     assert statuses(start(one, 1, 2)) == [0]
-    assert digest(load_trained(two)[2]) == digest(load_trained(one)[2])
+    assert digest(load(two).variables) == digest(load(one).variables)
     assert records(two) == records(one)
     # The first process alone speaks, logs and reports.
     assert "test accuracy" in said(tmp_path, two, 0)
@@ -108,7 +108,7 @@ def test_streamed_images_of_two_processes_are_those_of_one(start, jpegs, tmp_pat
     two, one = tmp_path / "two", tmp_path / "one"
     assert statuses(start(two, 2, 1, *words, config=config)) == [0, 0]
     assert statuses(start(one, 1, 2, *words, config=config)) == [0]
-    assert digest(load_trained(two)[2]) == digest(load_trained(one)[2])
+    assert digest(load(two).variables) == digest(load(one).variables)
     # So are evaluations, where each process decodes its part of nine images, in batches of two
     # by two devices; of the last one, a single image, the second process has nothing.
     evaluations = [record for record in records(two) if record["kind"] == "evaluate"]
