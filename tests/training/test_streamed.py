@@ -15,6 +15,7 @@ from bitmixer_jax.data import ImageReader
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, evaluate, random_policies, recalibrate_missing
 from bitmixer_jax.export import export_network
+from bitmixer_jax.levels import levels_of
 from bitmixer_jax.pairs import covering_policies
 from bitmixer_jax.report import report
 from bitmixer_jax.runtime import Runtime
