@@ -18,7 +18,9 @@ from bitmixer_jax.export.integer_engine import run_integer
 from bitmixer_jax.export.integer_model import IntegerModel
 from bitmixer_jax.export.packed import load_packed
 from bitmixer_jax.files import user_path
+from bitmixer_jax.layer_table import LayerInfo
 from bitmixer_jax.models import Network
+from bitmixer_jax.pairs import find_uncalibrated
 from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
@@ -35,8 +37,8 @@ class LoadedModel:
       weights: pytree of arrays.
       space: the choices.
       names: ``[L]`` layer names.
-      before: ``[L]`` which layer's width precedes each layer's own; -1: none.
-      visited: bool ``[L, n, n]`` whether training visited (width before, own width).
+      layers: the layer table.
+      counts: int32 ``[P, n]`` of each layer, training steps that used each pair of widths.
       image_shape: ``(H, W, C)``.
       classes: ``[K]`` names.
       mean, std: ``[C]`` in units of 0..255.
@@ -48,8 +50,8 @@ class LoadedModel:
     weights: Any
     space: BitSpace
     names: tuple[str, ...]
-    before: tuple[int, ...]
-    visited: np.ndarray
+    layers: tuple[LayerInfo, ...]
+    counts: Sequence[Any]
     image_shape: tuple[int, int, int]
     classes: tuple[str, ...]
     mean: np.ndarray
@@ -57,19 +59,9 @@ class LoadedModel:
     weights_digest: str
     reader: ImageReader
 
-    def unvisited(self, policy: np.ndarray) -> list[tuple[str, int, int]]:
-        """Pairs of a policy ``[L]`` that training never visited: (layer, width before, own).
-
-        The width before is 0 where it has no say.
-        """
-        index = np.searchsorted(self.space.choices, policy)
-        found = []
-        for layer, name in enumerate(self.names):
-            predecessor = index[self.before[layer]] if self.before[layer] >= 0 else 0
-            if not self.visited[layer, predecessor, index[layer]]:
-                width = int(policy[self.before[layer]]) if self.before[layer] >= 0 else 0
-                found.append((name, width, int(policy[layer])))
-        return found
+    def uncalibrated(self, policy: np.ndarray) -> list[tuple[str, int, int]]:
+        """Finds the pairs of a policy ``[L]`` without statistics, as `pairs.uncalibrated_pairs`."""
+        return find_uncalibrated(self.layers, self.counts, self.space.choices, policy[None])
 
 
 def from_variables(
@@ -92,7 +84,7 @@ def from_variables(
       UserError: a float twin.
     """
     own = {name: variables[name] for name in ("params", "batch_stats")}
-    counts = [own["batch_stats"][name]["conv_norm"]["count"] for name in model.names]
+    counts = [np.asarray(own["batch_stats"][name]["conv_norm"]["count"]) for name in model.names]
 
     def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
         # Real values (stem, head) as precisely as engines elsewhere compute them.
@@ -104,8 +96,8 @@ def from_variables(
         weights=own,
         space=model.space,  # refuses a float twin
         names=model.names,
-        before=tuple(layer.predecessor for layer in model.layers),
-        visited=_visited(counts, model.space.n),
+        layers=model.layers,
+        counts=counts,
         image_shape=model.image_shape,
         classes=tuple(classes),
         mean=np.asarray(mean, np.float32),
@@ -117,7 +109,6 @@ def from_variables(
 
 def from_integer_model(network: IntegerModel) -> LoadedModel:
     """A network read from a packed file, run in integers."""
-    counts = [layer.kernels[0].count for layer in network.layers]
 
     def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
         return run_integer(network, images, bits)
@@ -127,8 +118,8 @@ def from_integer_model(network: IntegerModel) -> LoadedModel:
         weights=(),  # constants of the programme
         space=network.space,
         names=network.names,
-        before=tuple(layer.info.predecessor for layer in network.layers),
-        visited=_visited(counts, network.space.n),
+        layers=tuple(layer.info for layer in network.layers),
+        counts=network.counts,
         image_shape=network.image_shape,
         classes=network.classes,
         mean=network.mean,
@@ -167,11 +158,6 @@ def load(source: str | pathlib.Path) -> LoadedModel:
         classes=about["classes"],
         reader=reader_of_run(run.dataset, model.image_shape, about["mean"], run.stream),
     )
-
-
-def _visited(counts: Sequence[Any], n: int) -> np.ndarray:
-    """Counts ``[P, n]`` of each layer, P n or 1, as bool ``[L, n, n]``."""
-    return np.stack([np.broadcast_to(np.asarray(count) > 0, (n, n)) for count in counts])
 
 
 __getattr__ = deprecated.module_getattr(__name__)

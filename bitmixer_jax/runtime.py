@@ -252,7 +252,7 @@ class Runtime:
         return chosen
 
     def _unknown_pairs(self, policy: _Policy) -> UserError:
-        missing = self._loaded.unvisited(policy.widths)
+        missing = self._loaded.uncalibrated(policy.widths)
         layer, before, own = missing[0]
         return UserError(
             f"policy {list(policy.key)}: {len(missing)} of its pairs of widths were never visited "
@@ -272,7 +272,7 @@ def _policy_reader(run: LoadedModel) -> Callable[[bytes], _Policy]:
     def read(widths: bytes) -> _Policy:
         policy = run.space.check(np.frombuffer(widths, np.int32), len(run.names))
         policy.flags.writeable = False
-        return _Policy(policy, tuple(policy.tolist()), not run.unvisited(policy))
+        return _Policy(policy, tuple(policy.tolist()), not run.uncalibrated(policy))
 
     return read
 

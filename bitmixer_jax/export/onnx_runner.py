@@ -27,7 +27,7 @@ _OLD_KEYS = {
 
 
 class OnnxRunner:
-    """An exported file, loaded: ``runner(images, policy)`` gives logits.
+    """Runs an exported file: ``runner(images, policy)`` returns logits.
 
     Attributes:
       switchable: whether the policy is an input.
@@ -42,8 +42,8 @@ class OnnxRunner:
     def __init__(self, path: str | pathlib.Path, optimization: str = "default", threads: int = 0):
         """Checks the file and loads it.
 
-        The checksum of the whole file is checked before onnxruntime reads it. A file from before
-        checksums is read, and a line of the log says so.
+        The checksum of the whole file is checked before onnxruntime reads it. A file of version 1
+        has no checksum: it is read, and a line of the log says so.
 
         Args:
           optimization: of onnxruntime: "off", "basic" or "default".
@@ -83,7 +83,7 @@ class OnnxRunner:
                 content, options, providers=["CPUExecutionProvider"]
             )
             about = self._session.get_modelmeta().custom_metadata_map
-        except Exception as error:  # whatever onnxruntime makes of it
+        except Exception as error:  # onnxruntime raises many kinds
             line = str(error).partition("\n")[0]
             raise UserError(f"{path}: not an ONNX export, or damaged ({line})") from None
         if about.get("format") != FORMAT:
@@ -141,10 +141,10 @@ class OnnxRunner:
         _agrees(read, outputs[0], "tensor(float)", None, (len(self.classes),))
 
     def __call__(self, images: np.ndarray, policy: Any = None) -> np.ndarray:
-        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]``.
+        """Computes logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]``.
 
         Args:
-          policy: ``[L]`` widths or one for all layers, for a switchable file alone.
+          policy: ``[L]`` widths or one for all layers; only for a switchable file.
 
         Raises:
           UserError: images or a policy that do not fit, a policy for a file that holds one already,
@@ -165,7 +165,7 @@ class OnnxRunner:
 
 
 def _levels(level: Any) -> tuple[Any, ...]:
-    """onnxruntime's levels in the order of OPTIMIZATION."""
+    """Returns onnxruntime's levels in the order of OPTIMIZATION."""
     return level.ORT_DISABLE_ALL, level.ORT_ENABLE_BASIC, level.ORT_ENABLE_ALL
 
 

@@ -1,15 +1,15 @@
-"""The raw variables of a network as safetensors, with documented names.
+"""The variables of a network as safetensors, under the names that they have in training.
 
     params/LAYER/input/step            [n]  step size of the layer's input at each width
     params/LAYER/conv/kernel           [kh, kw, C_in / groups, C_out]  float32 master weights
     params/LAYER/conv/step             [1], or [n] if the quantiser is not nested
-    params/LAYER/conv_norm/scale, bias           [P, n, C]  Transitional BN, a slice per pair
+    params/LAYER/conv_norm/scale, bias           [P, n, C]  transitional BN, a slice for each pair
     batch_stats/LAYER/conv_norm/mean, var        [P, n, C]
-    batch_stats/LAYER/conv_norm/count            [P, n]  training steps that visited the pair
+    batch_stats/LAYER/conv_norm/count            [P, n]  training steps that used the pair
     params/stem/..., params/head/kernel, params/head/bias
 
-A projection shortcut adds ``shortcut`` and ``shortcut_norm`` to its layer. This is what training
-goes on from; for deployment take another format, which holds no float copy of quantised weights.
+A projection shortcut adds ``shortcut`` and ``shortcut_norm`` to its layer. Training can continue
+from these variables. For deployment take another format, without float copies of the weights.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ def export_raw(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes variables ("params" and "batch_stats").
+    """Writes the variables of a network.
 
     Args:
-      metadata: texts to keep in the file's header.
+      variables: "params" and "batch_stats".
+      path: of the file.
+      metadata: texts that the header of the file keeps.
+      overwrite: replace a file that exists.
 
     Raises:
       UserError: safetensors is not installed, or the file cannot be written.
@@ -50,10 +53,13 @@ def export_raw(
 
 
 def load_raw(path: str | pathlib.Path) -> dict[str, Any]:
-    """Reads what `export_raw` wrote: variables as numpy arrays, bit for bit.
+    """Reads a file of `export_raw`.
+
+    Returns:
+      the variables as numpy arrays, bit for bit.
 
     Raises:
-      UserError: no such file, or it is damaged or of something else.
+      UserError: no such file, or it is damaged, or another kind of file.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load

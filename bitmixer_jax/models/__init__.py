@@ -1,4 +1,4 @@
-"""Model families, by name."""
+"""The model families, and `create_model`, which builds one by its name."""
 
 from __future__ import annotations
 
@@ -45,14 +45,23 @@ def create_model(
     Args:
       name: one of ``MODELS``: "resnet8" (small, for CPUs), "resnet20", "resnet32", "resnet56"
         (CIFAR); "resnet18", "resnet34", "resnet50", "mobilenetv2" (ImageNet).
-      num_classes: width of the head.
-      space: widths each layer may take; None builds the float twin.
+      num_classes: number of logits.
+      space: widths that each layer may take; None builds the full-precision baseline.
       settings: attributes of the family (``image_shape``, ``width``, ``stem_strides``,
         ``first_last_layers``, ...) and of `QuantConfig` (``weight_quantizer``, ``norm``,
         ``compute_dtype``, ...).
 
+    Returns:
+      a Linen module; `Network` says how it is called.
+
     Raises:
       UserError: unknown name or setting.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet20", num_classes=10, weight_quantizer="double")
+      >>> model.num_layers, model.names[0], model.space.choices
+      (18, 'stage1.block1.conv1', (2, 3, 4))
     """
     if name not in MODELS:
         raise UserError(
