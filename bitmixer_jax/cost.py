@@ -83,7 +83,7 @@ def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str
     avg_weight_bits   bits       mean width of the weights: layers count by their parameters
     bitops            BitOPs     sum of MACs x weight bits x activation bits, for one image
     bytes             bytes      weights packed as bit-planes, each plane of a kernel a whole number
-                                 of bytes (double rounding reads one plane more than its width)
+                                 of bytes ("double" weights read one plane more than their width)
     activation_bytes  bytes      inputs of all layers, packed at their widths, for one image
     latency_ms        ms         from a table measured elsewhere
     ================  =========  ===================================================================
@@ -108,7 +108,7 @@ def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str
     planes = np.asarray(
         [sum(math.ceil(kernel.params / 8) for kernel in layer.kernels) for layer in layers]
     )[:, None]
-    read = np.minimum(bits + (model.quant.weight_quantizer == "double"), model.space.widest)
+    read = np.asarray([model.quant.quantizer.planes(b, model.space) for b in model.space.choices])
     inputs = np.asarray([math.prod(layer.input) for layer in layers], np.float64)[:, None]
     end_bits = 8 if model.first_last_layers == "int8" else 32
     end_weights = model.stem_conv.params + model.features * model.num_classes
@@ -120,7 +120,7 @@ def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str
         "avg_bits": ("bits", one * bits, len(layers), 0.0),
         "avg_weight_bits": ("bits", params * bits, params.sum(), 0.0),
         "bitops": ("BitOPs", macs * bits**2, 1.0, end_macs * end_bits**2),
-        "bytes": ("bytes", planes * read, 1.0, end_bytes),
+        "bytes": ("bytes", planes * read.astype(float), 1.0, end_bytes),
         "activation_bytes": ("bytes", np.ceil(inputs * bits / 8), 1.0, end_codes),
     }
     found = {

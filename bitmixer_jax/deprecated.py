@@ -14,9 +14,10 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 PACKAGE = "bitmixer_jax"
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Both sides are below the package.
 MODULES = {
@@ -61,6 +62,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "quantizers": {
         "KINDS": "WEIGHT_QUANTIZERS",
+        "activation_step": "activation_step_size",
         "bounds": "integer_range",
         "initial_step": "init_step_size",
         "levels": "code_histogram",
@@ -98,6 +100,22 @@ def module_getattr(module: str) -> Callable[[str], Any]:
         return getattr(sys.modules[module], names[name])
 
     return getattr_
+
+
+def renamed_arguments(**names: str) -> Callable[[Function], Function]:
+    """Returns a decorator: its function also takes keyword arguments by old names (old="new")."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                warn(f"{function.__name__}({old}=)", f"{names[old]}=")
+                kwargs[names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate
 
 
 def new_keys(tree: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Progress, UncalibratedPairs, evaluate
 from bitmixer_jax.files import cannot_write, user_path, write_whole
 from bitmixer_jax.models import Network
+from bitmixer_jax.pairs import calibrated
 from bitmixer_jax.plotting import COLORS, literal, new_figure, short_names
 from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.trained import Trained, load
@@ -236,7 +237,7 @@ def plot_visits(path: pathlib.Path, model: Network, batch_stats: Mapping[str, An
     from matplotlib.colors import LogNorm  # `new_figure` imported matplotlib
 
     axis.set_facecolor("0.9")
-    shown = np.where(counts == 0, np.nan, counts)
+    shown = np.where(calibrated(counts), counts, np.nan)
     if np.isfinite(shown).any():
         low, high = np.nanmin(shown), np.nanmax(shown)
         image = axis.imshow(shown, aspect="auto", norm=LogNorm(low, max(high, low + 1)))

@@ -39,23 +39,23 @@ def test_round_trip_keeps_every_number(kind):
     before, after = integer_model(kind), unpack(pack(integer_model(kind)), "file")
     for field in (
         "space",
-        "weight_kind",
+        "weight_quantizer",
         "code_bits",
         "graph",
         "image_shape",
         "classes",
-        "network",
+        "weights_digest",
     ):
         assert getattr(before, field) == getattr(after, field)
     assert before.about == after.about
     for old, new in zip(before.layers, after.layers, strict=True):
         assert old.info == new.info
-        np.testing.assert_array_equal(old.step, new.step)
+        np.testing.assert_array_equal(old.step_size, new.step_size)
         for one, other in zip(old.kernels, new.kernels, strict=True):
-            for leaf in ("codes", "step", "multiplier", "offset", "count"):
+            for leaf in ("codes", "step_size", "multiplier", "offset", "count"):
                 np.testing.assert_array_equal(getattr(one, leaf), getattr(other, leaf))
     np.testing.assert_array_equal(before.head.kernel, after.head.kernel)
-    assert before.head.steps == after.head.steps
+    assert before.head.step_sizes == after.head.step_sizes
 
 
 def test_other_readers_open_it(tmp_path):
@@ -148,7 +148,8 @@ def test_a_network_from_a_cut_file_is_packed_as_the_narrower_one():
     policy = np.asarray([2, 3, 3, 2, 2, 3], np.int32)
     np.testing.assert_array_equal(logits(again, "resnet8", policy), logits(cut, "resnet8", policy))
     np.testing.assert_array_equal(
-        cut.layers[0].kernels[0].step * 0.5, [integer_model("resnet8").layers[0].kernels[0].step[0]]
+        cut.layers[0].kernels[0].step_size * 0.5,
+        [integer_model("resnet8").layers[0].kernels[0].step_size[0]],
     )
     with pytest.raises(UserError, match="cut between two widths"):
         pack(unpack(pack(integer_model("double")), "file", planes=3))

@@ -178,7 +178,7 @@ def test_images_are_read_once_for_all_policies(streamed, monkeypatch):
 
 
 def test_what_comes_after_training_takes_a_subset(streamed):
-    trained, missing = recalibrate_missing(load(streamed))
+    trained, _ = recalibrate_missing(load(streamed))
     assert evaluate(trained)["examples"] == 9
     assert {row.bits for row in levels_of(trained)} == {2, 3, 4}
     session = SearchSession(trained, SearchSettings(images=10))
