@@ -13,6 +13,7 @@ import pytest
 
 from bitmixer_jax.distributed import replicate
 from bitmixer_jax.models import create_model
+from bitmixer_jax.pairs import pairs_used
 from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.training.losses import cross_entropy, distillation
 from bitmixer_jax.training.optimizer import (
@@ -24,7 +25,7 @@ from bitmixer_jax.training.optimizer import (
     schedule,
 )
 from bitmixer_jax.training.schedule import init
-from bitmixer_jax.training.stages import Stage, pairs_used
+from bitmixer_jax.training.stages import Stage
 from bitmixer_jax.training.step import ParallelStep, StepSettings, TrainState, make_train_step
 
 SPACE = BitSpace((2, 3, 4))
