@@ -51,7 +51,8 @@ def evaluate_workdir(
     **protocols: Any,
 ) -> dict[str, Any]:
     """Now: `evaluation.evaluate`, `evaluation.recalibrate_missing`, `levels.levels_of`."""
-    trained, missing = load(workdir), []
+    trained = load(workdir)
+    missing: list[tuple[str, int, int]] = []
     if recalibrate_unvisited:
         trained, missing = recalibrate_missing(trained, data_dir)
     result = evaluate(trained, changes=parse_changes(changes), data_dir=data_dir, **protocols)
