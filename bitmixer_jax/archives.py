@@ -34,7 +34,8 @@ def refuse_bombs(path: pathlib.Path, file: BinaryIO) -> None:
     if held > size:
         raise UserError(
             f"{path}: the archive has {size:,} bytes but its parts claim {held:,}: it is "
-            "compressed or damaged; save it again without compression"
+            "compressed or damaged; save it again without compression",
+            "damaged",
         )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax.data import Dataset, augment, normalize
-from bitmixer_jax.devices import replicate
+from bitmixer_jax.distributed import replicate
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, random_policies
 from bitmixer_jax.models import Network, create_model

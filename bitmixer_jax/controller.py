@@ -77,7 +77,9 @@ class Controller:
             ("weights", front.weights_digest, runtime.weights_digest),
         ):
             if its != own:
-                raise UserError(f"a front of another network: its {what} differ; search again")
+                raise UserError(
+                    f"a front of another network: its {what} differ; search again", "other-network"
+                )
         costs = [point.cost for point in front.points]
         if not costs or any(b <= a for a, b in itertools.pairwise(costs)):
             raise UserError("a front of no points, or not by ascending cost; search again")

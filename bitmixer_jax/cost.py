@@ -58,7 +58,8 @@ class Cost:
             or (np.asarray(self.choices)[columns] != widths).any()
         ):
             raise UserError(
-                f"cost: give {len(self.table)} widths from {self.choices}, got {widths.tolist()}"
+                f"cost: give {len(self.table)} widths from {self.choices}, got {widths.tolist()}",
+                "policy-form",
             )
         return self.table[np.arange(len(self.table)), columns].sum(-1) / self.divisor
 
@@ -82,7 +83,7 @@ def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str
     avg_weight_bits   bits       mean width of the weights: layers count by their parameters
     bitops            BitOPs     sum of MACs x weight bits x activation bits, for one image
     bytes             bytes      weights packed as bit-planes, each plane of a kernel a whole number
-                                 of bytes (double rounding reads one plane more than its width)
+                                 of bytes ("double" weights read one plane more than their width)
     activation_bytes  bytes      inputs of all layers, packed at their widths, for one image
     latency_ms        ms         from a table measured elsewhere
     ================  =========  ===================================================================
@@ -107,7 +108,7 @@ def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str
     planes = np.asarray(
         [sum(math.ceil(kernel.params / 8) for kernel in layer.kernels) for layer in layers]
     )[:, None]
-    read = np.minimum(bits + (model.quant.weight_quantizer == "double"), model.space.widest)
+    read = np.asarray([model.quant.quantizer.planes(b, model.space) for b in model.space.choices])
     inputs = np.asarray([math.prod(layer.input) for layer in layers], np.float64)[:, None]
     end_bits = 8 if model.first_last_layers == "int8" else 32
     end_weights = model.stem_conv.params + model.features * model.num_classes
@@ -119,7 +120,7 @@ def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str
         "avg_bits": ("bits", one * bits, len(layers), 0.0),
         "avg_weight_bits": ("bits", params * bits, params.sum(), 0.0),
         "bitops": ("BitOPs", macs * bits**2, 1.0, end_macs * end_bits**2),
-        "bytes": ("bytes", planes * read, 1.0, end_bytes),
+        "bytes": ("bytes", planes * read.astype(float), 1.0, end_bytes),
         "activation_bytes": ("bytes", np.ceil(inputs * bits / 8), 1.0, end_codes),
     }
     found = {
@@ -170,18 +171,24 @@ def load_latency(path: str | pathlib.Path, model: Network) -> Cost:
     path, content = read_document(path, "latency", LATENCY_FORMAT, LATENCY_VERSION)
     layers = content.get("layers")
     if not isinstance(layers, Mapping):
-        raise UserError(f'{path}: "layers" must map each layer name to its seconds by width')
+        raise UserError(
+            f'{path}: "layers" must map each layer name to its seconds by width', "damaged"
+        )
     for name in layers:
         if name not in model.names:
-            raise UserError(f"{path}: unknown layer {shown(name)}{closest(name, model.names)}")
+            raise UserError(
+                f"{path}: unknown layer {shown(name)}{closest(name, model.names)}", "unknown-name"
+            )
     rows = []
     for name in model.names:
         times = layers.get(name)
         if not isinstance(times, Mapping):
-            raise UserError(f"{path}: no seconds for layer {name!r}")
+            raise UserError(f"{path}: no seconds for layer {name!r}", "other-network")
         missing = [b for b in model.space.choices if str(b) not in times]
         if missing:
-            raise UserError(f"{path}: layer {name!r} has no seconds at {missing[0]} bits")
+            raise UserError(
+                f"{path}: layer {name!r} has no seconds at {missing[0]} bits", "other-network"
+            )
         rows.append([_seconds(path, name, times[str(b)]) for b in model.space.choices])
     content = new_keys(content, {"ends": "first_last_layers"})
     fixed = content.get("first_last_layers", 0.0)
@@ -197,7 +204,7 @@ def load_latency(path: str | pathlib.Path, model: Network) -> Cost:
 
 def _seconds(path: pathlib.Path, name: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value < 1e9:
-        raise UserError(f"{path}: {name}: {shown(value)} is not a number of seconds")
+        raise UserError(f"{path}: {name}: {shown(value)} is not a number of seconds", "damaged")
     return float(value)
 
 

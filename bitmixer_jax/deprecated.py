@@ -14,24 +14,40 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 PACKAGE = "bitmixer_jax"
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Both sides are below the package.
 MODULES = {
     "bits": "policy",
     "inputs": "loaded_model",
     "json_files": "files",
+    "devices": "distributed",
     "runnable": "loaded_model",
     "export.assembly": "export.packed_reader",
     "export.deployed": "export.integer_model",
     "export.integer": "export.integer_engine",
+    "export.predict": "predict",
+    "export.workdir": "old_verbs",
+    "runs": "old_verbs",
     "search.scores": "search.cache",
+    "search.workdir": "old_verbs",
     "training.claims": "training.workdir",
+    "training.hosts": "distributed",
     "training.plan": "training.schedule",
 }
 NAMES: dict[str, dict[str, str]] = {
+    "distributed": {
+        "Leave": "ProcessAborted",
+        "agree": "all_reduce_max",
+        "by_the_first": "on_primary",
+        "first": "is_primary",
+        "leave": "as_aborted",
+        "mine": "local_devices",
+        "places": "local_batch_indices",
+    },
     "evaluation": {"NeverVisited": "UncalibratedPairs"},
     "export.integer_model": {
         "Deployed": "IntegerModel",
@@ -50,6 +66,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "quantizers": {
         "KINDS": "WEIGHT_QUANTIZERS",
+        "activation_step": "activation_step_size",
         "bounds": "integer_range",
         "initial_step": "init_step_size",
         "levels": "code_histogram",
@@ -87,6 +104,22 @@ def module_getattr(module: str) -> Callable[[str], Any]:
         return getattr(sys.modules[module], names[name])
 
     return getattr_
+
+
+def renamed_arguments(**names: str) -> Callable[[Function], Function]:
+    """Returns a decorator: its function also takes keyword arguments by old names (old="new")."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                warn(f"{function.__name__}({old}=)", f"{names[old]}=")
+                kwargs[names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate
 
 
 def new_keys(tree: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 _MAX_LISTED = 10  # names in a message: enough to see what they have in common
@@ -60,9 +60,11 @@ class UserError(ValueError):
       code: what is wrong, for programs: one of `Code`.
     """
 
-    def __init__(self, message: str, code: Code = "bad-value") -> None:
+    default_code: ClassVar[Code] = "bad-value"
+
+    def __init__(self, message: str, code: Code | None = None) -> None:
         super().__init__(message)
-        self.code: Code = code
+        self.code: Code = code or self.default_code
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.code)

@@ -14,7 +14,7 @@ import optax
 
 from bitmixer_jax import deprecated
 from bitmixer_jax.data import Dataset, StreamingDataset, normalize
-from bitmixer_jax.devices import local_batch_indices, local_devices, shard
+from bitmixer_jax.distributed import local_batch_indices, local_devices, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import Network
 from bitmixer_jax.pairs import covering_policies, recalibrate, uncalibrated_pairs
@@ -26,6 +26,8 @@ Progress = Callable[[list[Any]], Iterable[Any]]
 
 class UncalibratedPairs(UserError):
     """Policies need batch norm statistics of pairs that no training step visited."""
+
+    default_code = "uncalibrated"
 
 
 class Scores(NamedTuple):
@@ -167,7 +169,8 @@ class Evaluator:
             if len(broken):
                 raise UserError(
                     f"policy {rows[broken[0]].tolist()}: the logits are not finite; "
-                    "this network is broken"
+                    "this network is broken",
+                    "not-finite",
                 )
             right[start : start + most] += found.sum(0)
             loss[start : start + most] += np.asarray(losses, np.float64)[:, : len(rows)].sum(0)
@@ -176,7 +179,7 @@ class Evaluator:
                 right, loss, examples = _sum_over_processes(right, loss, examples)
             self.examples = examples
             if not examples:
-                raise UserError("evaluation: none of the images can be read")
+                raise UserError("evaluation: none of the images can be read", "no-data")
         return Scores(right / self.examples, loss / self.examples)
 
 
@@ -285,7 +288,7 @@ def evaluate(
     if policy is not None:
         policy = as_policy(policy, trained.model.names, trained.model.space, changes)
     elif changes:
-        raise UserError("changes of widths: of a policy; give one, such as 4")
+        raise UserError("changes of widths: of a policy; give one, such as 4", "missing-value")
     if random:
         trained.require_widths("draw")
     return evaluate_protocols(

@@ -124,11 +124,14 @@ def load_front(
     path, content = read_document(path, "front", FRONT_FORMAT, FRONT_VERSION)
     for key, mine in (("choices", list(space.choices)), ("layers", list(names))):
         if content.get(key) != mine:
-            raise UserError(f"{path}: a front of another network: its {key} differ")
+            raise UserError(
+                f"{path}: a front of another network: its {key} differ", "other-network"
+            )
     content = deprecated.new_keys(content, {"network": "weights_digest"})
     if weights_digest is not None and content.get("weights_digest") != weights_digest:
         raise UserError(
-            f"{path}: a front of other weights of this network (retrained since?); search again"
+            f"{path}: a front of other weights of this network (retrained since?); search again",
+            "other-network",
         )
     try:
         points = tuple(_point(entry) for entry in content["points"])
@@ -136,17 +139,19 @@ def load_front(
         if not all(isinstance(value, str) for value in text.values()):
             raise TypeError("cost, unit and weights_digest must be text")
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged front file ({error})") from None
+        raise UserError(f"{path}: damaged front file ({error})", "damaged") from None
     if not points:
-        raise UserError(f"{path}: an empty front; search again")
+        raise UserError(f"{path}: an empty front; search again", "damaged")
     for point in points:
         try:
             space.check(np.asarray(point.widths), len(names))
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}", error.code) from None
     kept = pareto(np.asarray([p.cost for p in points]), np.asarray([p.loss for p in points]))
     if kept.tolist() != list(range(len(points))):
-        raise UserError(f"{path}: damaged front file (points out of order, or beaten by others)")
+        raise UserError(
+            f"{path}: damaged front file (points out of order, or beaten by others)", "damaged"
+        )
     known = {"format", "version", "choices", "layers", "points", *text}
     notes = {key: value for key, value in content.items() if key not in known}
     return Front(points=points, names=tuple(names), choices=space.choices, notes=notes, **text)

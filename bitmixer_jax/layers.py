@@ -1,9 +1,9 @@
 """Linen layers whose bit-width is an argument: QuantActivation, QuantConv, QuantDense, TBN.
 
-A quantised layer is: quantise the input once at its width, convolve codes with codes, and
-normalise with the batch-norm slice of the pair (width of the layer before, own width). Widths
-arrive as an *index* into ``QuantConfig.space.choices``: a Python int (static: the compiler
-specialises) or an int32 scalar (traced: one programme serves all widths).
+A quantised layer quantises its input once, at its own width. Then it convolves codes with codes,
+and normalises with the batch norm of its pair of widths (predecessor, own). A width is given as an
+*index* into ``QuantConfig.space.choices``: a Python int is static, and XLA compiles a program for
+that width alone; an int32 scalar may be traced, and one program serves all widths.
 """
 
 from __future__ import annotations
@@ -27,26 +27,37 @@ Norm = Literal["transitional", "per_width"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """What is quantised in a network, and how. Truth table of the two flags:
+    """Says what is quantised in a network, and how.
 
         activations  weights   used by
-        False        False     the float twin
+        False        False     the full-precision baseline
         True         False     stage 1 (our reading of the paper)
         True         True      stages 2 and 3, inference
 
-    The variables are the same in the last two cases, so a state uses the stages as it is.
+    The variables are the same in the last two cases, so a stage takes over the variables of the
+    stage before as they are.
 
     Attributes:
-      space: widths that a layer may take; None is the float twin, with one plain BN per kernel.
-      activations: quantise the input of each layer.
-      weights: quantise its kernels.
-      weight_quantizer: one of ``quantizers.WEIGHT_QUANTIZERS``.
-      norm: "transitional" (a BN per pair of widths) or "per_width" (a BN per own width).
-      momentum: of the running statistics.
-      epsilon: added to the variance.
-      axis_name: device axis over which batch statistics are averaged; None keeps them local.
-      compute_dtype: of the operands of a convolution of codes ("bfloat16" is exact up to 8 bits;
-        sums are float32); in a float twin, of all convolutions.
+      space: widths that a layer may take; None makes the full-precision baseline, which has one
+        plain BN for each kernel.
+      activations: whether the input of each layer is quantised.
+      weights: whether its kernels are quantised.
+      weight_quantizer: a name in ``quantizers.WEIGHT_QUANTIZERS``.
+      norm: "transitional" (a BN for each pair of widths) or "per_width" (a BN for each own width).
+      momentum: of the running statistics, 0..1.
+      epsilon: what is added to the variance.
+      axis_name: device axis over which batch statistics are averaged; None: they are not.
+      compute_dtype: "float32" or "bfloat16", of the operands of a convolution of codes ("bfloat16"
+        is exact up to 8 bits, and sums are float32); in a baseline, of all convolutions.
+
+    Raises:
+      UserError: a value that is not allowed, or weights without activations.
+
+    Examples:
+      >>> from bitmixer_jax.layers import QuantConfig
+      >>> quant = QuantConfig(weight_quantizer="double")
+      >>> quant.space.choices, quant.n, quant.baseline().weights
+      ((2, 3, 4), 3, False)
     """
 
     space: BitSpace | None = dataclasses.field(default_factory=BitSpace)
@@ -61,7 +72,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         for value, allowed, what in (
-            (self.weight_quantizer, quantizers.WEIGHT_QUANTIZERS, "weight quantiser"),
+            (self.weight_quantizer, tuple(quantizers.WEIGHT_QUANTIZERS), "weight quantiser"),
             (self.norm, ("transitional", "per_width"), "norm"),
             (self.compute_dtype, ("float32", "bfloat16"), "compute_dtype"),
         ):
@@ -72,16 +83,22 @@ class QuantConfig:
             object.__setattr__(self, "weights", False)
         if self.weights and not self.activations:
             raise UserError(
-                "quantisation: weights without activations is not a stage; quantise both"
+                "quantisation: weights without activations is not a stage; quantise both",
+                "conflict",
             )
 
     @property
     def n(self) -> int:
-        """Number of widths; 1 for the float twin."""
+        """Number of widths; 1 for the baseline."""
         return 1 if self.space is None else self.space.n
 
+    @property
+    def quantizer(self) -> quantizers.WeightQuantizer:
+        """The weight quantiser, which answers all that depends on the choice of it."""
+        return quantizers.WEIGHT_QUANTIZERS[self.weight_quantizer]
+
     def baseline(self) -> QuantConfig:
-        """The same settings with quantisation off and one plain BN per kernel."""
+        """Returns the same settings for the full-precision baseline: nothing is quantised."""
         return dataclasses.replace(self, space=None)
 
 
@@ -95,10 +112,12 @@ def _conv(
     dtype: str,
     exact: bool,
 ) -> jax.Array:
-    """Convolution with operands in ``dtype`` and float32 sums, also in the backward pass.
+    """Convolves with operands in ``dtype`` and sums in float32, also in the backward pass.
 
-    ``exact`` operands (codes) lose nothing in the fewer bits that accelerators multiply by default,
-    whatever precision is asked for around them (`jax.default_matmul_precision`).
+    Args:
+      exact: whether the operands are codes. Products of codes of up to 8 bits are exact even in the
+        bfloat16 passes that accelerators run by default. So codes use that precision, whatever
+        `jax.default_matmul_precision` asks for the real values around them.
     """
     return lax.conv_general_dilated(
         x.astype(dtype),
@@ -154,10 +173,27 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 
 class QuantActivation(nn.Module):
-    """Quantises the input of a layer.
+    """Quantises the input of a layer: ``codes = clip(round(x / step_size), Qn, Qp)``.
 
-    Variables: ``params/step`` float32 ``[n]``, a step size per width, set from the images that
-    `init` is called with (LSQ). The float twin has none.
+    Variables: ``params/step`` float32 ``[n]``, a step size for each width. `init` sets them from
+    the values of x (LSQ). The full-precision baseline has none.
+
+    Attributes:
+      quant: what is quantised, and how.
+      signed: whether the input has both signs.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from bitmixer_jax.layers import QuantActivation, QuantConfig
+      >>> x = jnp.linspace(0, 1, 12).reshape(1, 2, 2, 3)
+      >>> (codes, step_size), _ = QuantActivation(QuantConfig()).init_with_output(
+      ...     jax.random.key(0), x, index=0
+      ... )
+      >>> sorted(set(codes.ravel().tolist()))  # 2 bits
+      [0.0, 1.0, 2.0]
+
+    Reference: Esser et al., Learned Step Size Quantization, ICLR 2020, eq. 1 and 2.
     """
 
     quant: QuantConfig
@@ -165,11 +201,21 @@ class QuantActivation(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, index: Any) -> tuple[jax.Array, jax.Array | None]:
-        """Returns (codes, step) for x ``[N, ...]``; (x, None) where nothing is quantised."""
+        """Quantises x at width ``index``.
+
+        Args:
+          x: float32 ``[N, ...]``.
+          index: of the width: int, or int32 scalar, which may be traced.
+
+        Returns:
+          codes float32, shape of x, and the float32 scalar that multiplies them; (x, None) where
+          activations are not quantised.
+        """
         space = self.quant.space
         if space is None:
             return x, None
-        steps = self.param(
+        # "step" is the name of the leaf in checkpoints and files, which must stay readable.
+        step_sizes = self.param(
             "step",
             lambda _: jnp.stack(
                 [quantizers.init_step_size(x, b, self.signed) for b in space.choices]
@@ -177,7 +223,7 @@ class QuantActivation(nn.Module):
         )
         if not self.quant.activations:
             return x, None
-        return quantizers.activation_codes(x, steps, index, space, self.signed)
+        return quantizers.activation_codes(x, step_sizes, index, space, self.signed)
 
 
 class _Kernel(nn.Module):
@@ -186,20 +232,20 @@ class _Kernel(nn.Module):
     quant: QuantConfig
 
     def codes(self, shape: tuple[int, ...], init: Any, index: Any) -> tuple[jax.Array, Any]:
-        """Returns (codes, step) of the kernel ``shape``; (kernel, None) where it stays real."""
+        """Returns (codes, step size) of the kernel; (kernel, None) where it stays real."""
         kernel = self.param("kernel", init, shape, jnp.float32)
-        space = self.quant.space
+        space, quantizer = self.quant.space, self.quant.quantizer
         if space is None:
             return kernel, None
-        kind = self.quant.weight_quantizer
-        widths = space.choices if kind == "independent" else (space.widest,)
-        steps = self.param(
+        step_sizes = self.param(  # "step": as in QuantActivation
             "step",
-            lambda _: jnp.stack([quantizers.init_step_size(kernel, b, True) for b in widths]),
+            lambda _: jnp.stack(
+                [quantizers.init_step_size(kernel, b, True) for b in quantizer.step_widths(space)]
+            ),
         )
         if not self.quant.weights:
             return kernel, None
-        return quantizers.weight_codes(kernel, steps, index, space, kind)
+        return quantizer.quantize(kernel, step_sizes, index, space)
 
 
 def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
@@ -207,10 +253,28 @@ def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
 
 
 class QuantConv(_Kernel):
-    """2-D convolution of codes.
+    """2-D convolution of codes with the codes of a kernel.
 
-    Variables: ``params/kernel`` float32 ``[kh, kw, C_in / groups, C_out]``; ``params/step``
-    float32 ``[1]`` (nested quantisers) or ``[n]`` (independent).
+    Variables: ``params/kernel`` float32 ``[kh, kw, C_in / groups, C_out]``, and ``params/step``
+    float32 ``[1]``, or ``[n]`` if the weight quantiser is not nested.
+
+    Attributes:
+      quant: what is quantised, and how.
+      features: C_out.
+      kernel_size: (kh, kw).
+      strides: of the convolution.
+      padding: ((top, bottom), (left, right)).
+      groups: into which the channels are divided.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from bitmixer_jax.layers import QuantConfig, QuantConv
+      >>> codes, step_size = jnp.ones((1, 4, 4, 3)), jnp.float32(0.5)
+      >>> conv = QuantConv(QuantConfig(), features=5)
+      >>> (sums, scale), _ = conv.init_with_output(jax.random.key(0), codes, step_size, index=0)
+      >>> sums.shape, float(sums[0, 1, 1, 0] % 0.5)  # halves, as "floor" codes are
+      ((1, 4, 4, 5), 0.0)
     """
 
     features: int = 1
@@ -221,88 +285,136 @@ class QuantConv(_Kernel):
 
     @nn.compact
     def __call__(
-        self, codes: jax.Array, step: jax.Array | None, index: Any
+        self, codes: jax.Array, step_size: jax.Array | None, index: Any
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Convolves ``codes`` ``[N, H, W, C_in]`` with the kernel at width ``index``.
+        """Convolves ``codes`` with the kernel at width ``index``.
+
+        Args:
+          codes: float32 ``[N, H, W, C_in]``, or real values.
+          step_size: what multiplies the codes: a scalar, or None for 1.
+          index: of the width: int, or int32 scalar, which may be traced.
 
         Returns:
-          sums ``[N, H', W', C_out]`` float32 and the scalar (None: 1) by which they are to be
-          multiplied; the batch norm that follows takes both and saves a pass over the tensor.
+          sums float32 ``[N, H', W', C_out]`` and the scalar (None: 1) that multiplies them. The
+          batch norm that follows takes both, which saves a pass over the tensor.
         """
         shape = (*self.kernel_size, codes.shape[-1] // self.groups, self.features)
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        kernel, kernel_step = self.codes(shape, init, index)
+        kernel, kernel_step_size = self.codes(shape, init, index)
         # Real-valued operands keep float32: bfloat16 is exact for codes only.
-        exact = step is not None and kernel_step is not None
+        exact = step_size is not None and kernel_step_size is not None
         dtype = self.quant.compute_dtype if exact or self.quant.space is None else "float32"
         sums = _conv(codes, kernel, self.strides, self.padding, self.groups, dtype, exact)
-        return sums, _product(step, kernel_step)
+        return sums, _product(step_size, kernel_step_size)
 
 
 class QuantDense(_Kernel):
-    """Dense layer of codes, with a real-valued bias.
+    """Dense layer: codes times the codes of a kernel, plus a real-valued bias.
 
-    Variables: ``params/kernel`` float32 ``[C_in, C_out]``, ``params/bias`` ``[C_out]``,
+    Variables: ``params/kernel`` float32 ``[C_in, C_out]``, ``params/bias`` float32 ``[C_out]``, and
     ``params/step`` as in QuantConv.
+
+    Attributes:
+      quant: what is quantised, and how.
+      features: C_out.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from bitmixer_jax.layers import QuantConfig, QuantDense
+      >>> dense = QuantDense(QuantConfig(), features=5)
+      >>> y, _ = dense.init_with_output(jax.random.key(0), jnp.ones((2, 3)), jnp.float32(0.5), 0)
+      >>> y.shape
+      (2, 5)
     """
 
     features: int = 1
 
     @nn.compact
-    def __call__(self, codes: jax.Array, step: jax.Array | None, index: Any) -> jax.Array:
-        """Maps ``codes`` ``[N, C_in]`` to real values ``[N, C_out]`` float32."""
+    def __call__(self, codes: jax.Array, step_size: jax.Array | None, index: Any) -> jax.Array:
+        """Multiplies ``codes`` by the kernel at width ``index`` and adds the bias.
+
+        Args:
+          codes: float32 ``[N, C_in]``, or real values.
+          step_size: what multiplies the codes: a scalar, or None for 1.
+          index: of the width: int, or int32 scalar, which may be traced.
+
+        Returns:
+          real values, float32 ``[N, C_out]``.
+        """
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-        kernel, kernel_step = self.codes((codes.shape[-1], self.features), init, index)
+        kernel, kernel_step_size = self.codes((codes.shape[-1], self.features), init, index)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        scale = _product(step, kernel_step)
+        scale = _product(step_size, kernel_step_size)
         sums = codes @ kernel
         return bias + (sums if scale is None else scale * sums)
 
 
 class TransitionalBatchNorm(nn.Module):
-    """Batch norm with one set of parameters and statistics per pair of widths (Bit-Mixer).
+    """Batch norm with its own parameters and statistics for each pair of widths (Bit-Mixer).
 
-    The pair is (width of the layer that produced this layer's input, width of this layer). With P
-    previous widths (n, or 1 after the float stem) and n own widths, the variables are
+    A pair is (width of the layer that produced this layer's input, width of this layer). With P
+    widths of the predecessor and n own widths, the variables are
 
         params/scale, params/bias             float32 [P, n, C]
         batch_stats/mean, batch_stats/var     float32 [P, n, C]
         batch_stats/count                     int32   [P, n]  training steps that used the pair
 
-    A step reads and updates the one pair it uses. Running statistics are the plain
-    average of the first visits to a pair and an exponential one from then on, so that a rarely
-    visited pair is not biased towards its starting values.
+    A training step reads and updates the one pair that it uses. A pair with count 0 has no
+    statistics (`bitmixer_jax.pairs`).
+
+    Attributes:
+      quant: the settings; n, momentum and epsilon are read.
+      predecessor_widths: P, which is n, or 1 where the predecessor has no width of its own (the
+        real-valued stem) or its width does not count ("per_width").
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from bitmixer_jax.layers import QuantConfig, TransitionalBatchNorm
+      >>> norm = TransitionalBatchNorm(QuantConfig(), predecessor_widths=3)
+      >>> sums = jnp.ones((1, 4, 4, 8))
+      >>> variables = norm.init(jax.random.key(0), sums, None, 0, 0, train=False)
+      >>> variables["params"]["scale"].shape
+      (3, 3, 8)
+
+    Reference: Bulat and Tzimiropoulos, Bit-Mixer, ICCV 2021, arXiv 2103.17267.
     """
 
     quant: QuantConfig
-    predecessor: int = 1
+    predecessor_widths: int = 1
 
     @nn.compact
     def __call__(
-        self, sums: jax.Array, step: jax.Array | None, predecessor: Any, index: Any, train: bool
+        self,
+        sums: jax.Array,
+        step_size: jax.Array | None,
+        predecessor: Any,
+        index: Any,
+        train: bool,
     ) -> jax.Array:
-        """Normalises ``step * sums``.
+        """Normalises ``step_size * sums`` with the batch norm of a pair.
 
         Args:
-          sums: ``[N, H, W, C]`` float32.
-          step: scalar or None (1).
-          predecessor: index of the width of the layer before; 0 where P is 1.
+          sums: float32 ``[N, H, W, C]``.
+          step_size: scalar, or None for 1.
+          predecessor: index of the predecessor's width; ignored where P is 1.
           index: index of the width of this layer.
           train: use the batch's statistics, and update the running ones.
 
         Returns:
-          ``[N, H, W, C]`` float32.
+          float32 ``[N, H, W, C]``.
         """
-        table = (self.predecessor, self.quant.n)
+        table = (self.predecessor_widths, self.quant.n)
         shape = (*table, sums.shape[-1])
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         count = self.variable("batch_stats", "count", jnp.zeros, table, jnp.int32)
-        pair = (predecessor, index)
-        # sums stay unscaled: mean(step x) = step mean(x) costs nothing on [C].
-        factor = jnp.float32(1) if step is None else step
+        pair = (predecessor if self.predecessor_widths > 1 else 0, index)
+        # mean(step_size x) = step_size mean(x): scaling [C] statistics saves a pass over sums.
+        factor = jnp.float32(1) if step_size is None else step_size
         if train or self.is_initializing():
             batch_mean = jnp.mean(sums, (0, 1, 2))
             batch_square = jnp.mean(jnp.square(sums), (0, 1, 2))
@@ -313,6 +425,8 @@ class TransitionalBatchNorm(nn.Module):
             batch_var = jnp.maximum(batch_square - jnp.square(batch_mean), 0)
             now_mean, now_var = factor * batch_mean, jnp.square(factor) * batch_var
             if not self.is_initializing():
+                # A plain average at first (keep = 0, 1/2, 2/3, ...), an exponential one later: a
+                # pair is used rarely, and with momentum alone would stay near its initial values.
                 visits = count.value[pair].astype(jnp.float32)
                 keep = jnp.minimum(self.quant.momentum, visits / (visits + 1))
                 mean.value = mean.value.at[pair].set(
@@ -331,18 +445,36 @@ class TransitionalBatchNorm(nn.Module):
 
 
 def fold(
-    scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array, step: Any, epsilon: float
+    scale: jax.Array,
+    bias: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    step_size: Any,
+    epsilon: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Batch norm of ``step * sums`` as one multiplier and one offset per channel: two ``[..., C]``.
+    """Turns batch norm of ``step_size * sums`` into one multiplier and one offset per channel.
 
-    ``scale * (step * sums - mean) / sqrt(var + epsilon) + bias == multiplier * sums + offset``
+    ``scale * (step_size * sums - mean) / sqrt(var + epsilon) + bias == multiplier * sums + offset``
+
+    Args:
+      scale, bias, mean, var: float32 ``[..., C]``.
+      step_size: scalar.
+      epsilon: what is added to the variance.
+
+    Returns:
+      multiplier and offset, float32 ``[..., C]`` each.
     """
     gain = scale * lax.rsqrt(var + epsilon)
-    return gain * step, bias - gain * mean
+    return gain * step_size, bias - gain * mean
 
 
 class QuantLayer(nn.Module):
-    """A layer as its LayerInfo describes it: quantise, convolve, normalise; once per kernel."""
+    """A layer as its LayerInfo describes it: quantises, then convolves and normalises by kernel.
+
+    Attributes:
+      info: the layer's shapes, kernels and predecessor.
+      quant: what is quantised, and how.
+    """
 
     info: LayerInfo
     quant: QuantConfig
@@ -354,12 +486,13 @@ class QuantLayer(nn.Module):
         """Returns the normalised output ``[N, H', W', C_out]`` of each kernel.
 
         Args:
-          x: ``[N, H, W, C]`` float32.
-          predecessor, index: of the widths of the layer before and of this one.
+          x: float32 ``[N, H, W, C]``.
+          predecessor: index of the predecessor's width; ignored where it does not count.
+          index: index of the width of this layer.
           train: see TransitionalBatchNorm.
         """
-        after_layer = self.info.predecessor >= 0 and self.quant.norm == "transitional"
-        codes, step = QuantActivation(self.quant, self.info.signed, name="input")(x, index)
+        rows = self.info.norm_rows(self.quant.n, self.quant.norm)
+        codes, step_size = QuantActivation(self.quant, self.info.signed, name="input")(x, index)
         outputs = []
         for kernel in self.info.kernels:
             sums, scale = QuantConv(
@@ -370,11 +503,9 @@ class QuantLayer(nn.Module):
                 padding=kernel.padding,
                 groups=kernel.groups,
                 name=kernel.name,
-            )(codes, step, index)
-            norm = TransitionalBatchNorm(
-                self.quant, self.quant.n if after_layer else 1, name=f"{kernel.name}_norm"
-            )
-            outputs.append(norm(sums, scale, predecessor if after_layer else 0, index, train))
+            )(codes, step_size, index)
+            norm = TransitionalBatchNorm(self.quant, rows, name=f"{kernel.name}_norm")
+            outputs.append(norm(sums, scale, predecessor, index, train))
         return tuple(outputs)
 
 

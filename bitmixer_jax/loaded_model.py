@@ -12,7 +12,9 @@ import numpy as np
 from bitmixer_jax import deprecated
 from bitmixer_jax.data import ImageReader, normalize
 from bitmixer_jax.errors import UserError, reason
+from bitmixer_jax.layer_table import LayerInfo
 from bitmixer_jax.models import Network
+from bitmixer_jax.pairs import find_uncalibrated
 from bitmixer_jax.policy import BitSpace, check_policy
 from bitmixer_jax.trained import Trained
 from bitmixer_jax.training.checkpoints import digest
@@ -28,8 +30,8 @@ class LoadedModel:
       weights: pytree of arrays.
       space: the choices.
       names: ``[L]`` layer names.
-      predecessors: ``[L]`` which layer's width precedes each layer's own; -1: none.
-      calibrated: bool ``[L, n, n]`` whether training visited (predecessor's width, own width).
+      layers: the layer table.
+      counts: int32 ``[P, n]`` of each layer, training steps that used each pair of widths.
       image_shape: ``(H, W, C)``.
       classes: ``[K]`` names.
       mean, std: ``[C]`` in units of 0..255.
@@ -41,8 +43,8 @@ class LoadedModel:
     weights: Any
     space: BitSpace
     names: tuple[str, ...]
-    predecessors: tuple[int, ...]
-    calibrated: np.ndarray
+    layers: tuple[LayerInfo, ...]
+    counts: Sequence[Any]
     image_shape: tuple[int, int, int]
     classes: tuple[str, ...]
     mean: np.ndarray
@@ -51,21 +53,8 @@ class LoadedModel:
     reader: ImageReader
 
     def uncalibrated(self, policy: np.ndarray) -> list[tuple[str, int, int]]:
-        """Pairs of a policy ``[L]`` that training never visited.
-
-        Returns:
-          (layer, width of its predecessor, own width) of each; the first width is 0 where no layer
-          precedes.
-        """
-        index = np.searchsorted(self.space.choices, policy)
-        found = []
-        for layer, name in enumerate(self.names):
-            predecessor = self.predecessors[layer]
-            row = index[predecessor] if predecessor >= 0 else 0
-            if not self.calibrated[layer, row, index[layer]]:
-                width = int(policy[predecessor]) if predecessor >= 0 else 0
-                found.append((name, width, int(policy[layer])))
-        return found
+        """Finds the pairs of a policy ``[L]`` without statistics, as `pairs.uncalibrated_pairs`."""
+        return find_uncalibrated(self.layers, self.counts, self.space.choices, policy[None])
 
     def require_calibrated(self, policy: np.ndarray) -> None:
         """Checks that training visited all pairs of widths of a policy ``[L]``.
@@ -80,7 +69,8 @@ class LoadedModel:
                 f"policy {np.asarray(policy).tolist()}: {len(missing)} of its pairs of widths were "
                 f"never visited in training, such as {predecessor or 'any'}->{own} bits at "
                 f"{layer}: their BN statistics are unknown; take another policy, train for longer, "
-                "or recalibrate (pairs.recalibrate)"
+                "or recalibrate (pairs.recalibrate)",
+                "uncalibrated",
             )
 
 
@@ -122,7 +112,7 @@ def from_variables(
     """
     own = {name: variables[name] for name in ("params", "batch_stats")}
     space = model.space  # refuses a baseline
-    counts = [own["batch_stats"][name]["conv_norm"]["count"] for name in model.names]
+    counts = [np.asarray(own["batch_stats"][name]["conv_norm"]["count"]) for name in model.names]
 
     def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
         # Real values (stem, head) as precisely as engines elsewhere compute them.
@@ -134,8 +124,8 @@ def from_variables(
         weights=own,
         space=space,
         names=model.names,
-        predecessors=tuple(layer.predecessor for layer in model.layers),
-        calibrated=calibrated_pairs(counts, space.n),
+        layers=model.layers,
+        counts=counts,
         image_shape=model.image_shape,
         classes=tuple(classes),
         mean=np.asarray(mean, np.float32),
@@ -161,11 +151,6 @@ def check_images(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
     if given.dtype != np.uint8 or given.shape[1:] != tuple(image_shape) or not len(given):
         raise UserError(f"images: got {given.dtype} {given.shape}; {wanted}", "bad-shape")
     return given
-
-
-def calibrated_pairs(counts: Sequence[Any], n: int) -> np.ndarray:
-    """Counts ``[P, n]`` of each layer, P n or 1, as bool ``[L, n, n]``."""
-    return np.stack([np.broadcast_to(np.asarray(count) > 0, (n, n)) for count in counts])
 
 
 class Predictor:
@@ -248,7 +233,8 @@ class Predictor:
             ]
         if not np.isfinite(logits).all():
             raise UserError(
-                f"policy {policy.tolist()}: the logits are not finite; this network is broken"
+                f"policy {policy.tolist()}: the logits are not finite; this network is broken",
+                "not-finite",
             )
         return logits
 

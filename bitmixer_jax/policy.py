@@ -57,7 +57,8 @@ class BitSpace:
         if choices[0] == 1:
             raise UserError(
                 f"bit-widths: got {choices}; 1 bit needs a sign quantiser, which is not built yet: "
-                "start at 2"
+                "start at 2",
+                "bad-value",
             )
         object.__setattr__(self, "choices", tuple(int(c) for c in choices))
 
@@ -97,19 +98,22 @@ class BitSpace:
         if policy.ndim not in (1, 2) or not np.issubdtype(policy.dtype, np.integer):
             raise UserError(
                 f"policy: got {shown(widths)}; give one whole number of bits per layer, "
-                f"from {self.choices}"
+                f"from {self.choices}",
+                "policy-form",
             )
         if num_layers is not None and policy.shape[-1] != num_layers:
             raise UserError(
                 f"policy: {policy.shape[-1]} widths for a network of {num_layers} layers; "
-                "give one width per layer"
+                "give one width per layer",
+                "policy-length",
             )
         unknown = sorted(set(policy.ravel().tolist()) - set(self.choices))
         if unknown:
             layer = int(np.argwhere(~np.isin(policy, self.choices))[0][-1])
             raise UserError(
                 f"policy: width {unknown[0]} (layer {layer}) is not one of this network; "
-                f"choose from {self.choices}"
+                f"choose from {self.choices}",
+                "policy-width",
             )
         return policy.astype(np.int32)
 
@@ -210,7 +214,8 @@ def sample_average(
     if not ways[0][total]:
         raise UserError(
             f"average width {average}: no policy of {num_layers} layers has it; choose a value in "
-            f"[{space.narrowest}, {space.widest}] that the layers can reach together"
+            f"[{space.narrowest}, {space.widest}] that the layers can reach together",
+            "out-of-reach",
         )
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
     widths = []
@@ -285,30 +290,36 @@ def load_policy(path: str | pathlib.Path, names: Sequence[str], space: BitSpace)
     if content.get("choices") != list(space.choices):
         raise UserError(
             f"{path}: made for widths {shown(content.get('choices'))}; "
-            f"this network has {list(space.choices)}"
+            f"this network has {list(space.choices)}",
+            "other-network",
         )
     layers = content.get("layers")
     if not isinstance(layers, Mapping):
-        raise UserError(f'{path}: "layers" must map each layer name to its width')
+        raise UserError(f'{path}: "layers" must map each layer name to its width', "damaged")
     for name in layers:
         if name not in names:
-            raise UserError(f"{path}: unknown layer {shown(name)}{closest(name, names)}")
+            raise UserError(
+                f"{path}: unknown layer {shown(name)}{closest(name, names)}", "unknown-name"
+            )
     missing = [name for name in names if name not in layers]
     if missing:
-        raise UserError(f"{path}: no width for layer {missing[0]!r} ({len(missing)} missing)")
+        raise UserError(
+            f"{path}: no width for layer {missing[0]!r} ({len(missing)} missing)", "other-network"
+        )
     widths = [layers[name] for name in names]
     if not all(isinstance(w, int) and not isinstance(w, bool) for w in widths):
-        raise UserError(f"{path}: widths must be whole numbers from {space.choices}")
+        raise UserError(f"{path}: widths must be whole numbers from {space.choices}", "damaged")
     try:
         policy = space.check(widths, len(names))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}", error.code) from None
     # Last, as what is wrong with an edited file is best said in its own words. A file written by
     # hand has no checksum; a damaged one may have a damaged name of it.
     summed = difflib.get_close_matches("sha256", content, n=1, cutoff=0.65)
     if summed and content.get("sha256") != _policy_digest(content):
         raise UserError(
-            f'{path}: widths and checksum differ; if you edited it, remove its line "sha256"'
+            f'{path}: widths and checksum differ; if you edited it, remove its line "sha256"',
+            "damaged",
         )
     return policy
 
@@ -332,9 +343,11 @@ def with_widths(
         places = [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
         if not places:
             hint = closest(pattern, _patterns(names)) or f" (they are {names[0]}, ..., {names[-1]})"
-            raise UserError(f"policy: no layer is called {pattern!r}{hint}")
+            raise UserError(f"policy: no layer is called {pattern!r}{hint}", "unknown-name")
         if type(width) is not int or width not in space.choices:
-            raise UserError(f"policy: {pattern}={width!r}; choose a width from {space.choices}")
+            raise UserError(
+                f"policy: {pattern}={width!r}; choose a width from {space.choices}", "policy-width"
+            )
         widths[places] = width
     return widths
 
@@ -360,7 +373,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, int]:
     for text in texts:
         name, equals, width = text.rpartition("=")
         if not (name and equals and width.isdecimal() and len(width) < 10):
-            raise UserError(f"--set {text}: write LAYER=WIDTH, such as stage2.block1.conv1=2")
+            raise UserError(f"set {text}: write LAYER=WIDTH, such as stage2.block1.conv1=2")
         changes.pop(name, None)  # of two for one name, the later counts, in its place
         changes[name] = int(width)
     return changes
@@ -383,7 +396,9 @@ def check_policy(policy: Any, space: BitSpace, num_layers: int) -> np.ndarray:
         policy = np.full(num_layers, given)
     checked = space.check(policy, num_layers)
     if checked.ndim != 1:
-        raise UserError(f"policy: got {len(checked)} policies; give one, a width for each layer")
+        raise UserError(
+            f"policy: got {len(checked)} policies; give one, a width for each layer", "policy-form"
+        )
     return checked
 
 
@@ -432,6 +447,7 @@ def parse_policy(text: str, names: Sequence[str], space: BitSpace) -> np.ndarray
     if not found:
         raise UserError(
             f"policy {text[:80]!r}: not a width, not a comma-separated list of widths, "
-            "and no such file"
+            "and no such file",
+            "policy-form",
         )
     return load_policy(text, names, space)

@@ -40,7 +40,7 @@ def predict_files(
     if top < 1:
         raise UserError(f"top {top}: give 1 or more")
     if not paths:
-        raise UserError("predict: name an image file")
+        raise UserError("predict: name an image file", "missing-value")
     if str(model).endswith(".onnx") and not os.path.isdir(user_path(model)):
         from bitmixer_jax.export.onnx_runner import OnnxRunner
 
@@ -56,7 +56,9 @@ def predict_files(
     elif policy is None and not changes:
         logits = run(images)
     else:
-        raise UserError(f"{model}: holds one policy; export without a policy to choose here")
+        raise UserError(
+            f"{model}: holds one policy; export without a policy to choose here", "conflict"
+        )
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
     best = np.argsort(-shares, axis=-1, kind="stable")[:, :top]

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from bitmixer_jax import distributed
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Progress, UncalibratedPairs, evaluate
 from bitmixer_jax.files import cannot_write, user_path, write_whole
 from bitmixer_jax.models import Network
+from bitmixer_jax.pairs import calibrated
 from bitmixer_jax.plotting import COLORS, literal, new_figure, short_names
 from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.trained import Trained, load
-from bitmixer_jax.training import hosts
 from bitmixer_jax.training.config import Run
 from bitmixer_jax.training.metrics import number_at, read_metrics
 
@@ -40,11 +41,11 @@ def report(trained: Trained, progress: Progress = iter) -> tuple[pathlib.Path, l
     try:
         result = evaluate(trained, random=random, seed=run.seed, progress=progress)
     except UncalibratedPairs as error:  # a short run has not met every pair: report what there is
-        if hosts.is_primary():
+        if distributed.is_primary():
             print(f"report without accuracies: {error}")
         result = evaluate(trained, uniform=False)
     baseline_top1 = _baseline_top1(run, progress)
-    if hosts.is_primary():
+    if distributed.is_primary():
         write_report(trained, result, baseline_top1)
     return trained.folder / "report", table(result, baseline_top1)
 
@@ -236,7 +237,7 @@ def plot_visits(path: pathlib.Path, model: Network, batch_stats: Mapping[str, An
     from matplotlib.colors import LogNorm  # `new_figure` imported matplotlib
 
     axis.set_facecolor("0.9")
-    shown = np.where(counts == 0, np.nan, counts)
+    shown = np.where(calibrated(counts), counts, np.nan)
     if np.isfinite(shown).any():
         low, high = np.nanmin(shown), np.nanmax(shown)
         image = axis.imshow(shown, aspect="auto", norm=LogNorm(low, max(high, low + 1)))

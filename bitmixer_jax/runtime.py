@@ -256,9 +256,9 @@ def _load(source: pathlib.Path) -> LoadedModel:
             return from_integer_model(load_packed(source))
         there = parse_source(source)[0].exists()
     except OSError as error:  # a folder that may not be entered, a name that is too long
-        raise UserError(f"{source}: cannot be read ({reason(error)})") from None
+        raise UserError(f"{source}: cannot be read ({reason(error)})", "not-readable") from None
     if not there:
-        raise UserError(f"{source}: no such workdir or packed file")
+        raise UserError(f"{source}: no such workdir or packed file", "no-such-file")
     return from_trained(trained.load(source))
 
 
@@ -279,7 +279,8 @@ def _again(
     if found.weights_digest != weights_digest:
         raise UserError(
             f"{source}: holds other weights than the Runtime that was pickled or copied; load it "
-            "anew with Runtime.load"
+            "anew with Runtime.load",
+            "other-network",
         )
     found._current = found._as_policy(policy)
     return found

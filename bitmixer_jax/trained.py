@@ -82,7 +82,9 @@ class Trained:
           UserError: this is a full-precision baseline.
         """
         if self.is_baseline:
-            raise UserError(f"{self.source}: a full-precision baseline has no widths to {purpose}")
+            raise UserError(
+                f"{self.source}: a full-precision baseline has no widths to {purpose}", "no-widths"
+            )
 
     def __getattr__(self, name: str) -> Any:
         # Up to version 0.1 `training.train` returned what is now the attribute ``run``.
@@ -116,21 +118,23 @@ def load(source: str | pathlib.Path | Trained) -> Trained:
         model = run.build(len(info["classes"]), tuple(info["image_shape"]))
         schedule = make_schedule(run, model, info["examples"])
     except UserError as error:
-        raise UserError(f"{folder / CONFIG_FILE}: {error}") from None
+        raise UserError(f"{folder / CONFIG_FILE}: {error}", error.code) from None
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         kind = type(error).__name__
-        raise UserError(f"{folder / CONFIG_FILE}: damaged ({kind}: {error})") from None
+        raise UserError(f"{folder / CONFIG_FILE}: damaged ({kind}: {error})", "damaged") from None
     step = None
     if stage_name:
         names = [stage.name for stage in run.stages]
         if stage_name not in names:
-            raise UserError(f"{source}: no stage {stage_name!r}; its stages are {', '.join(names)}")
+            raise UserError(
+                f"{source}: no stage {stage_name!r}; its stages are {', '.join(names)}", "no-run"
+            )
         step = schedule.stage_ends[names.index(stage_name)]
     checkpoints = Checkpoints(folder, keep_steps=schedule.stage_ends, read_only=True)
     state = checkpoints.restore(schedule.abstract_state(), step)
     checkpoints.close()
     if state is None:
-        raise UserError(f"{folder}: no checkpoint yet; train it first")
+        raise UserError(f"{folder}: no checkpoint yet; train it first", "no-run")
     done = int(state.step)
     stage = run.stages[schedule.stage_of(done)]
     if not stage_name and done < schedule.stage_ends[-1]:

@@ -41,7 +41,7 @@ def measure(point, steps):
     import jax
 
     from bitmixer_jax.benchmark import KINDS, prepare_step
-    from bitmixer_jax.devices import replicate
+    from bitmixer_jax.distributed import replicate
     from bitmixer_jax.models import create_model
     from bitmixer_jax.policy import BitSpace
 

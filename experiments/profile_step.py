@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bitmixer_jax.benchmark import KINDS, prepare_step
-from bitmixer_jax.devices import replicate
+from bitmixer_jax.distributed import replicate
 from bitmixer_jax.models import create_model
 
 

@@ -334,6 +334,7 @@ def test_the_table_names_every_cost_of_a_policy(latency):
 def test_the_table_of_the_widest_policy_says_100_per_cent():
     model = tiny()
     lines = describe(model, [4] * 6, costs(model))
+    assert len(lines) > 5
     assert all("| 100.0% |" in line for line in lines[2:])
 
 
@@ -341,3 +342,12 @@ def test_the_table_refuses_a_policy_that_does_not_fit():
     model = tiny()
     with pytest.raises(bm.UserError, match="5 widths for a network of 6"):
         describe(model, [4] * 5, costs(model))
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "9" * 5000], ids=["1e400", "5000 digits"])
+def test_seconds_too_large_are_refused(latency, number):
+    path = latency(ends=7.5)
+    assert "7.5" in path.read_text()
+    path.write_text(path.read_text().replace("7.5", number))
+    with pytest.raises(bm.UserError, match="latency"):
+        load_latency(path, tiny())

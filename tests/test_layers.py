@@ -77,7 +77,7 @@ TABLE = (3, 3, 5)  # [P, n, C]
 @pytest.fixture(scope="module")
 def tbn():
     """``tbn(variables, sums, step, predecessor, index)``: one training step, indices traced."""
-    norm = TransitionalBatchNorm(QUANT, predecessor=3)
+    norm = TransitionalBatchNorm(QUANT, predecessor_widths=3)
 
     @jax.jit
     def step(variables, sums, step, predecessor, index):
@@ -90,7 +90,7 @@ def tbn():
 
 @functools.cache
 def tbn_variables():
-    norm = TransitionalBatchNorm(QUANT, predecessor=3)
+    norm = TransitionalBatchNorm(QUANT, predecessor_widths=3)
     return scrambled(norm.init(jax.random.key(0), normal(4, 3, 3, 5), None, 0, 0, False))
 
 
@@ -103,7 +103,7 @@ def test_the_tables_hold_one_slice_for_each_pair_of_widths():
 
 
 def test_evaluation_uses_the_slice_of_its_pair():
-    norm, x = TransitionalBatchNorm(QUANT, predecessor=3), np.asarray(normal(4, 3, 3, 5))
+    norm, x = TransitionalBatchNorm(QUANT, predecessor_widths=3), np.asarray(normal(4, 3, 3, 5))
     variables = tbn_variables()
     for pair in ((0, 0), (0, 2), (2, 0), (1, 2)):
         found = norm.apply(variables, x, None, *pair, train=False)
@@ -160,7 +160,9 @@ def test_the_step_multiplies_the_sums_before_they_are_normalised(tbn):
 
 
 def test_statistics_over_devices_are_those_of_the_whole_batch(tbn):
-    spread = TransitionalBatchNorm(dataclasses.replace(QUANT, axis_name="device"), predecessor=3)
+    spread = TransitionalBatchNorm(
+        dataclasses.replace(QUANT, axis_name="device"), predecessor_widths=3
+    )
     x = normal(2, 4, 3, 3, 5)
 
     def step(x):

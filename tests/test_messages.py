@@ -23,10 +23,10 @@ def template(node):
         return node.value
     if isinstance(node, ast.JoinedStr):
         parts = (
-            part.value if isinstance(part, ast.Constant) else ast.unparse(part)
+            part.value if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}"
             for part in node.values
         )
-        return "".join(part if not part.startswith("f'{") else part for part in parts)
+        return "".join(parts)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         sides = template(node.left), template(node.right)
         return None if None in sides else "".join(sides)

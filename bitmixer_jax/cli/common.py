@@ -107,7 +107,7 @@ def changes_of(arguments: argparse.Namespace) -> dict[str, int]:
     from bitmixer_jax.policy import parse_changes
 
     if arguments.set and arguments.policy is None:
-        raise UserError("--set changes a policy: give one, such as --policy 4")
+        raise UserError("--set changes a policy: give one, such as --policy 4", "missing-value")
     return parse_changes(arguments.set)
 
 
@@ -201,7 +201,8 @@ def check_json(path: pathlib.Path | None, key: str) -> None:
         found = None
     if not isinstance(found, dict) or key not in found:
         raise UserError(
-            f"--json {path}: already exists and is no result of this command; choose another path"
+            f"--json {path}: already exists and is no result of this command; choose another path",
+            "exists",
         )
 
 

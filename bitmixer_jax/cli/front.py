@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 
 from bitmixer_jax.cli.common import AddCommand, add_out, count, print_markdown, search_bar
 from bitmixer_jax.cli.search import add_settings, settings_of
@@ -33,11 +32,10 @@ def add(command: AddCommand) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Searches, writes front.json and two plots, prints a table."""
-    from bitmixer_jax.errors import UserError
-    from bitmixer_jax.files import cannot_write, check_folder, check_free
+    from bitmixer_jax.files import check_folder, check_free
     from bitmixer_jax.search import search_front
     from bitmixer_jax.search.describe import describe_front
-    from bitmixer_jax.search.plots import plot_front, plot_widths
+    from bitmixer_jax.search.plots import write_front
 
     out = arguments.out
     check_folder(out, "--out")
@@ -52,18 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             on_scores=on_scores,
             **settings_of(arguments),
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error, "--out") from None
-    try:
-        front.save(out / "front.json", overwrite=arguments.overwrite)
-    except UserError:
-        with contextlib.suppress(OSError):  # it was there before, and holds other files
-            out.rmdir()
-        raise
-    plot_front(out / "front.png", front)
-    plot_widths(out / "widths.png", front)
+    write_front(out, front, overwrite=arguments.overwrite)
     print_markdown(describe_front(front, session))
     print(f"front and plots: {out}")
     return 0

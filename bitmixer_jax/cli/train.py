@@ -42,9 +42,9 @@ def add(command: AddCommand) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains, evaluates, writes the report."""
-    from bitmixer_jax.training import hosts
+    from bitmixer_jax import distributed
 
-    hosts.connect(
+    distributed.connect(
         arguments.coordinator,
         arguments.processes,
         arguments.process,
@@ -60,7 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
     except Interrupted as signal:
         return 128 + int(signal.args[0])
     except Exception as error:
-        aborted = error if isinstance(error, hosts.ProcessAborted) else hosts.as_aborted(error)
+        aborted = (
+            error
+            if isinstance(error, distributed.ProcessAborted)
+            else distributed.as_aborted(error)
+        )
         if aborted is None:
             raise
         if aborted.status == 1:
@@ -68,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"bitmixer: {aborted}", file=sys.stderr, flush=True)
         time.sleep(1)  # so that the other processes, if they fail alike, can say so
         os._exit(aborted.status)  # an orderly end would wait for them
-    if hosts.is_primary():
+    if distributed.is_primary():
         print_markdown(lines)
         print(f"plots and summary: {folder}")
     return 0

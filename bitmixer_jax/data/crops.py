@@ -110,5 +110,6 @@ def check_installed(decoder: str) -> None:
         except ImportError as error:
             raise UserError(
                 f"config.stream.decoder = 'turbo' needs {package} ({error}): pip install "
-                f"{' '.join(_NEEDS.values())}, or set config.stream.decoder to 'pil'"
+                f"{' '.join(_NEEDS.values())}, or set config.stream.decoder to 'pil'",
+                "not-installed",
             ) from None

@@ -30,7 +30,8 @@ def default_data_dir() -> pathlib.Path:
     except UserError:
         raise UserError(
             f"this user has no home folder: say where data sets are, by {DATA_DIR_VARIABLE} in the "
-            "environment or by data_dir"
+            "environment or by data_dir",
+            "bad-path",
         ) from None
 
 
@@ -82,7 +83,8 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) 
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise UserError(
         f"unknown data set {name!r}: {hint}known are {', '.join(known)} and, as tfds:NAME, any of "
-        f"tensorflow-datasets which {' or '.join(map(str, folders))} holds prepared"
+        f"tensorflow-datasets which {' or '.join(map(str, folders))} holds prepared",
+        "unknown-name",
     )
 
 
@@ -157,13 +159,15 @@ def _find_imagenet(folder: pathlib.Path, folders: list[pathlib.Path]) -> str:
     if records is not None and images.is_dir():
         raise UserError(
             f"data set imagenet is there twice: {records} and {images}; set config.dataset to "
-            "tfds:imagenet2012 or to folder:imagenet"
+            "tfds:imagenet2012 or to folder:imagenet",
+            "no-data",
         )
     if records is None and not images.is_dir():
         raise UserError(
             f"data set imagenet: neither {images} (with train/CLASS/*.JPEG and val/CLASS/*.JPEG) "
             f"nor imagenet2012, prepared as array_record, under {' or '.join(map(str, folders))}; "
-            "docs/imagenet.md says how to make either"
+            "docs/imagenet.md says how to make either",
+            "no-data",
         )
     return "folder:imagenet" if records is None else "tfds:imagenet2012"
 
@@ -175,7 +179,8 @@ def _load_digits(split: str) -> Dataset:
     except ImportError as error:
         raise UserError(
             "data set digits comes with scikit-learn, which is not installed: "
-            "pip install scikit-learn"
+            "pip install scikit-learn",
+            "not-installed",
         ) from error
     bunch = sklearn.datasets.load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -222,4 +227,4 @@ def require_classes(found: Sequence[str], expected: Sequence[str], where: str) -
             f"has the classes of the network in another order: class {label} is "
             f"{one_line(found[label])}, in the network {one_line(expected[label])}"
         )
-    raise UserError(f"{where}: {what}; give the data of the training, or train again")
+    raise UserError(f"{where}: {what}; give the data of the training, or train again", "other-data")

@@ -74,16 +74,22 @@ def open_folder(
         found = []
     several = [path.name for path in found if path.name in _VALIDATION]
     if len(several) > 1:
-        raise UserError(f"{folder}: {' and '.join(several)} are the same split; keep one of them")
+        raise UserError(
+            f"{folder}: {' and '.join(several)} are the same split; keep one of them", "conflict"
+        )
     folders = {"validation" if p.name in _VALIDATION else p.name: p for p in found}
     if "train" not in folders:
         raise UserError(
-            f"{folder}: no folder of classes: give one with train/CLASS/*.JPEG and val/CLASS/*.JPEG"
+            f"{folder}: no folder of classes: give one with train/CLASS/*.JPEG and "
+            "val/CLASS/*.JPEG",
+            "no-data",
         )
     try:
         chosen = split_names(split, folders)
     except UserError as error:
-        raise UserError(f"{folder}: {error} (the folder val is the split validation)") from None
+        raise UserError(
+            f"{folder}: {error} (the folder val is the split validation)", error.code
+        ) from None
     classes = _classes(folders["train"])
     of_splits = {
         name: _list_split(folders[name], classes, folders["train"], skip_unreadable)
@@ -111,16 +117,21 @@ def _list_split(
     unknown = sorted({*of_split} - {*classes})
     if unknown:
         raise UserError(
-            f"{folder}: {len(unknown)} classes that {train} does not have: {listed(unknown)}"
+            f"{folder}: {len(unknown)} classes that {train} does not have: {listed(unknown)}",
+            "other-data",
         )
     files = [_images(folder / name) if name in of_split else [] for name in classes]
     empty = [name for name, found in zip(classes, files, strict=True) if not found]
     if len(empty) == len(classes):
-        raise UserError(f"{folder}: no images in any class; files end with {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"{folder}: no images in any class; files end with {', '.join(SUFFIXES)}", "no-data"
+        )
     if empty:
         text = f"{folder}: {len(empty)} of {len(classes)} classes without images: {listed(empty)}"
         if not skip_unreadable:
-            raise UserError(f"{text}; complete them, or set config.stream.skip_unreadable=True")
+            raise UserError(
+                f"{text}; complete them, or set config.stream.skip_unreadable=True", "no-data"
+            )
         _log.warning("%s", text)
     names = [
         os.fsencode(f"{folder.name}/{name}/{file}")
@@ -139,7 +150,8 @@ def _classes(folder: pathlib.Path) -> list[str]:
         loose = sum(name.lower().endswith(SUFFIXES) for name, _ in found)
         raise UserError(
             f"{folder}: no folders of classes, and {loose} images outside of any: move each image "
-            "into the folder of its class"
+            "into the folder of its class",
+            "no-data",
         )
     return classes
 
@@ -160,4 +172,4 @@ def _entries(folder: pathlib.Path) -> list[tuple[str, bool]]:
         with os.scandir(folder) as entries:
             return sorted((e.name, e.is_dir()) for e in entries if e.name[0] != ".")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({reason(error)})") from None
+        raise UserError(f"{folder}: cannot be read ({reason(error)})", "not-readable") from None

@@ -45,7 +45,7 @@ def find_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
         raise UserError(message) from None
     if not found:
         suffixes = ", ".join(SUFFIXES)
-        raise UserError(f"{one_line(folder)}: no images there; they end with {suffixes}")
+        raise UserError(f"{one_line(folder)}: no images there; they end with {suffixes}", "no-data")
     return found
 
 
@@ -121,9 +121,9 @@ class ImageReader:
                 raise ValueError(f"size {size} is not that of images {list(image_shape)}")
             settings = StreamSettings(**stored)
         except KeyError as error:
-            raise UserError(f'{where}: damaged: its "images" have no {error}') from None
+            raise UserError(f'{where}: damaged: its "images" have no {error}', "damaged") from None
         except (ValueError, TypeError) as error:
-            raise UserError(f'{where}: damaged: its "images": {error}') from None
+            raise UserError(f'{where}: damaged: its "images": {error}', "damaged") from None
         return cls(image_shape, settings)
 
 
@@ -161,7 +161,9 @@ def read_images(paths: Iterable[str | pathlib.Path], image_shape: Shape) -> np.n
       UserError: C is neither 1 nor 3, or a file is missing, no image, damaged, or too large.
     """
     if image_shape[2] not in _MODES:
-        raise UserError(f"images of {image_shape[2]} channels: files give 1 (grey) or 3 (RGB)")
+        raise UserError(
+            f"images of {image_shape[2]} channels: files give 1 (grey) or 3 (RGB)", "bad-value"
+        )
 
     def fitted(data: bytes) -> np.ndarray:
         import PIL.Image
@@ -187,7 +189,7 @@ def _read(path: str | pathlib.Path, read: Callable[[bytes], np.ndarray]) -> np.n
     try:
         return read(read_bytes(file, MAX_IMAGE_BYTES))
     except FileNotFoundError:
-        raise UserError(f"{one_line(path)}: no such image file") from None
+        raise UserError(f"{one_line(path)}: no such image file", "no-such-file") from None
     except (MemoryError, ImportError):
         raise
     except Exception as error:  # a damaged image may raise nearly anything

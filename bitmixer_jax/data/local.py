@@ -132,7 +132,8 @@ def _read_info(name: str, data_dir: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"data set {name} is not prepared, there is no {path}: run "
-            f"`bitmixer prepare {name} --source PATH --data_dir {data_dir}` (PATH: {spec.sources})"
+            f"`bitmixer prepare {name} --source PATH --data_dir {data_dir}` (PATH: {spec.sources})",
+            "no-data",
         )
     try:
         info = read_json(path, _MAX_INFO_BYTES)
@@ -220,7 +221,8 @@ def damaged(path: pathlib.Path, what: str) -> UserError:
     folder = path.parent
     return UserError(
         f"{path} is damaged: {what}; remove the folder {folder} and run "
-        f"`bitmixer prepare {folder.name} --source PATH --data_dir {folder.parent}`"
+        f"`bitmixer prepare {folder.name} --source PATH --data_dir {folder.parent}`",
+        "damaged",
     )
 
 

@@ -22,6 +22,8 @@ _PART = re.compile(
 class EmptySplit(UserError):
     """A split without examples."""
 
+    default_code = "no-data"
+
 
 class Part(NamedTuple):
     """The examples ``start .. stop - 1`` of the split ``name``."""
@@ -142,7 +144,8 @@ def _matches(
     wrong = UserError(
         f"unknown split {shown(split)}: give {allowed}, optionally with a slice by count or per "
         "cent such as train[:90%], train[45000:], train[-10:], or a sum such as "
-        "train[:20%]+train[50%:]"
+        "train[:20%]+train[50%:]",
+        "unknown-name",
     )
     if len(split) > _MAX_LENGTH:
         raise wrong

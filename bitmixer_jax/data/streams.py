@@ -287,11 +287,15 @@ class Loader:
                     break
             else:
                 names = _with_reasons(unreadable)
-                raise UserError(f"{_MAX_ATTEMPTS} images in a row cannot be read: {names}")
+                raise UserError(
+                    f"{_MAX_ATTEMPTS} images in a row cannot be read: {names}", "bad-image"
+                )
         if unreadable and not skip:
             raise UserError(
                 f"{len(unreadable)} of the {len(rows)} images of a batch cannot be read: "
-                f"{_with_reasons(unreadable)}; mend them, or set config.stream.skip_unreadable=True"
+                f"{_with_reasons(unreadable)}; mend them, or set "
+                "config.stream.skip_unreadable=True",
+                "bad-image",
             )
         for name, why in unreadable.items():
             if name not in self.unreadable and len(self.unreadable) < _MAX_WARNINGS:

@@ -60,7 +60,8 @@ def load_prepared(
     if "train" not in builder.info.splits:
         raise UserError(
             f"{folder} has no split named train, whose mean and standard deviation normalise the "
-            f"images; it has {', '.join(builder.info.splits)}"
+            f"images; it has {', '.join(builder.info.splits)}",
+            "no-data",
         )
     mean, std = _train_stats(folder)
     chunks = [chunk for part in parts for chunk in _chunks(folder, *part)]
@@ -97,7 +98,8 @@ def _prepared(name: str, tfds_name: str, folders: Sequence[pathlib.Path]) -> pat
         raise UserError(
             f"data set {name} is not prepared: looked for NAME[/CONFIG]/VERSION/dataset_info.json "
             f"of {tfds_name!r} under {' and '.join(map(str, folders))}; prepare it with "
-            "tensorflow-datasets and file_format='array_record', or give the right data_dir"
+            "tensorflow-datasets and file_format='array_record', or give the right data_dir",
+            "no-data",
         )
     return folder
 
@@ -110,7 +112,8 @@ def _builder(folder: pathlib.Path) -> Any:
     except ImportError as error:
         raise UserError(
             f"reading {folder} needs tensorflow-datasets and array_record ({error}): "
-            "pip install tensorflow-datasets array_record"
+            "pip install tensorflow-datasets array_record",
+            "not-installed",
         ) from error
     try:
         for path in folder.iterdir():  # a pipe among them would be waited for
@@ -124,25 +127,33 @@ def _builder(folder: pathlib.Path) -> Any:
     except Exception as error:  # a damaged description raises nearly anything
         raise UserError(
             f"{folder} is damaged: its description cannot be read ({reason(error)}); prepare it "
-            "again"
+            "again",
+            "damaged",
         ) from None
     if file_format != "array_record":
         raise UserError(
             f"{folder} is stored as {file_format}, which cannot be read without TensorFlow: "
-            "prepare it again with file_format='array_record'"
+            "prepare it again with file_format='array_record'",
+            "wrong-format",
         )
     features = builder.info.features
     is_dict = isinstance(features, tfds.features.FeaturesDict)
     found = sorted(features.keys()) if is_dict else [type(features).__name__]
     if not {"image", "label"} <= set(found):
-        raise UserError(f"{folder} needs the features 'image' and 'label', it has {found}")
+        raise UserError(
+            f"{folder} needs the features 'image' and 'label', it has {found}", "wrong-format"
+        )
     image, label = features["image"], features["label"]
     if image.np_dtype != np.uint8 or len(image.shape) != 3:
         given = f"{np.dtype(image.np_dtype)} {list(image.shape)}"
-        raise UserError(f"{folder}: the feature 'image' must be uint8 [H, W, C], it is {given}")
+        raise UserError(
+            f"{folder}: the feature 'image' must be uint8 [H, W, C], it is {given}", "wrong-format"
+        )
     if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
         given = type(label).__name__
-        raise UserError(f"{folder}: the feature 'label' must be a ClassLabel, it is a {given}")
+        raise UserError(
+            f"{folder}: the feature 'label' must be a ClassLabel, it is a {given}", "wrong-format"
+        )
     return builder
 
 
@@ -159,7 +170,8 @@ def _chunks(
             last = min(first + CHUNK, stop) - 1
             raise UserError(
                 f"{folder} {part}: examples {first} to {last} cannot be read ({reason(error)}); "
-                "prepare it again"
+                "prepare it again",
+                "not-readable",
             ) from None
         shapes = {example["image"].shape for example in examples}
         shape = shape or next(iter(shapes))
@@ -167,7 +179,8 @@ def _chunks(
             raise UserError(
                 f"{folder} has images of several sizes ({', '.join(map(str, shapes | {shape}))}): "
                 "only sets whose feature 'image' has no fixed size are streamed; this one declares "
-                f"{list(_builder(folder).info.features['image'].shape)}"
+                f"{list(_builder(folder).info.features['image'].shape)}",
+                "wrong-format",
             )
         yield (
             np.stack([example["image"] for example in examples]),
@@ -249,7 +262,9 @@ def open_records(
             f"read, with {images} of {len(records)} images: {listed(list(unreadable.values()))}"
         )
         if not skip_unreadable or len(unreadable) == len(shards):
-            raise UserError(f"{text}; get them again, or set config.stream.skip_unreadable=True")
+            raise UserError(
+                f"{text}; get them again, or set config.stream.skip_unreadable=True", "no-data"
+            )
         _log.warning("%s", text)
     names = tuple(builder.info.features["label"].names)
     where = f"{builder.info.name} {split}"

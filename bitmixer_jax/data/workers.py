@@ -47,14 +47,17 @@ def check_main(workers: int) -> None:
     elif not os.path.isfile(path):
         raise UserError(
             f"processes that decode images import the main script, and {path} is no file: save it "
-            f"as one that starts under {_GUARD}, or set config.workers=0"
+            f"as one that starts under {_GUARD}, or set config.workers=0",
+            "processes",
         )
     else:
         missing = importing or not _has_guard(path)
     if missing:
         raise UserError(
             f"{path or 'the main script'} has no guard {_GUARD}, and processes that decode images "
-            "import it: put the code that starts training under this guard, or set config.workers=0"
+            "import it: put the code that starts training under this guard, or set "
+            "config.workers=0",
+            "processes",
         )
 
 
@@ -76,7 +79,7 @@ def why_died(error: RuntimeError, workers: int) -> UserError | None:
         advice = f"its message is above; a script must start the work under {_GUARD}"
     else:
         advice = f"if memory ran out, lower config.workers (now {number_of(workers)})"
-    return UserError(f"a process that decodes images died ({what}): {advice}")
+    return UserError(f"a process that decodes images died ({what}): {advice}", "processes")
 
 
 def open_iterator(items: Any, workers: int, size: int) -> Any:

@@ -66,7 +66,10 @@ class ExportSettings:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             hint = closest(self.format, FORMATS)
-            raise UserError(f"format {self.format!r}: unknown{hint}; one of {', '.join(FORMATS)}")
+            raise UserError(
+                f"format {self.format!r}: unknown{hint}; one of {', '.join(FORMATS)}",
+                "unknown-name",
+            )
         for name, given, only in (
             ("policy", self.policy is not None, "onnx"),
             ("storage_dtype", self.storage_dtype != "int8", "onnx"),
@@ -74,23 +77,27 @@ class ExportSettings:
         ):
             if given and self.format != only:
                 value = getattr(self, name)
-                raise UserError(f"{name} {value}: of format {only} alone")
+                raise UserError(f"{name} {value}: of format {only} alone", "conflict")
         for name, given in (("storage_dtype", self.storage_dtype != "int8"), ("fast", self.fast)):
             if given and self.policy is None:
-                raise UserError(f"{name}: of one policy alone in ONNX; give a policy")
+                raise UserError(
+                    f"{name}: of one policy alone in ONNX; give a policy", "missing-value"
+                )
         if self.fast and self.storage_dtype != "int8":
             raise UserError(
-                f"fast with storage_dtype {self.storage_dtype}: only int8 is fast; give one of them"
+                f"fast with storage_dtype {self.storage_dtype}: only int8 is fast; "
+                "give one of them",
+                "conflict",
             )
         if self.changes and self.policy is None:
-            raise UserError("changes of widths: of a policy; give one, such as 4")
+            raise UserError("changes of widths: of a policy; give one, such as 4", "missing-value")
         for name, number in (("images", self.images), ("random", self.random)):
             if number < 1:
                 raise UserError(f"{name} {number}: give 1 or more")
 
 
 def integer_model_of(trained: Trained) -> IntegerModel:
-    """A trained network as integers, with what its files say of the data: see `to_integer_model`."""
+    """A trained network as integers, with what files say of its data: see `to_integer_model`."""
     info = trained.dataset_info
     return to_integer_model(
         trained.model,
@@ -146,7 +153,9 @@ class _Source:
         policies += list(random_policies(model, settings.random, settings.seed))
         known = [p for p in policies if not self.reference.loaded.uncalibrated(p)]
         if not known:
-            raise UserError("export: training visited all pairs of no policy; train for longer")
+            raise UserError(
+                "export: training visited all pairs of no policy; train for longer", "uncalibrated"
+            )
         return known
 
 
@@ -182,14 +191,14 @@ def export_network(
     chosen = ExportSettings(**settings)
     out = user_path(out)
     if not out.name:
-        raise UserError(f"{out}: names no file")
+        raise UserError(f"{out}: names no file", "bad-path")
     _check_names(out)
     check_free(out, overwrite, folder=chosen.format == "pytorch")
     _check_folder(out)
     if out.is_symlink():
-        raise UserError(f"{out}: a link; name a file, or a folder, itself")
+        raise UserError(f"{out}: a link; name a file, or a folder, itself", "bad-path")
     if out.exists() and not (out.is_file() or out.is_dir()):
-        raise UserError(f"{out}: a device or a pipe; name a file")
+        raise UserError(f"{out}: a device or a pipe; name a file", "bad-path")
     with hold(out.with_name(f".{out.name}.lock"), str(out)):
         return _export(source, out, chosen, overwrite)
 
@@ -202,7 +211,9 @@ def _check_names(out: pathlib.Path) -> None:
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            raise UserError(f"{out}: cannot write there ({reason(error)}); name another") from None
+            raise UserError(
+                f"{out}: cannot write there ({reason(error)}); name another", "not-writable"
+            ) from None
 
 
 def _partial(out: pathlib.Path) -> pathlib.Path:
@@ -273,7 +284,7 @@ def _put(made: pathlib.Path, out: pathlib.Path) -> None:
 def _check_folder(out: pathlib.Path) -> None:
     """Raises UserError where a folder holds other files than those of an export."""
     if out.is_dir() and not {file.name for file in out.iterdir()} <= _PYTORCH_FILES:
-        raise UserError(f"{out}: holds more than an export; name another folder")
+        raise UserError(f"{out}: holds more than an export; name another folder", "exists")
 
 
 def _remove(path: pathlib.Path) -> None:

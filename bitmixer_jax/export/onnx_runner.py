@@ -27,7 +27,7 @@ _OLD_KEYS = {
 
 
 class OnnxRunner:
-    """An exported file, loaded: ``runner(images, policy)`` gives logits.
+    """Runs an exported file: ``runner(images, policy)`` returns logits.
 
     Attributes:
       switchable: whether the policy is an input.
@@ -42,8 +42,8 @@ class OnnxRunner:
     def __init__(self, path: str | pathlib.Path, optimization: str = "default", threads: int = 0):
         """Checks the file and loads it.
 
-        The checksum of the whole file is checked before onnxruntime reads it. A file from before
-        checksums is read, and a line of the log says so.
+        The checksum of the whole file is checked before onnxruntime reads it. A file of version 1
+        has no checksum: it is read, and a line of the log says so.
 
         Args:
           optimization: of onnxruntime: "off", "basic" or "default".
@@ -57,7 +57,7 @@ class OnnxRunner:
             import onnxruntime
         except ImportError:
             raise UserError(
-                "onnxruntime is not installed: pip install 'bitmixer_jax[onnx]'"
+                "onnxruntime is not installed: pip install 'bitmixer_jax[onnx]'", "not-installed"
             ) from None
         level = onnxruntime.GraphOptimizationLevel
         levels = dict(zip(OPTIMIZATION, _levels(level), strict=True))
@@ -71,23 +71,28 @@ class OnnxRunner:
         try:
             content = read_bytes(path, _MOST_BYTES)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror or error})", "not-readable"
+            ) from None
         whole = is_whole(content)
         if whole is False:
             raise UserError(
                 f"{path}: its checksum differs: the file is damaged, or was changed after its "
-                "export; export it again"
+                "export; export it again",
+                "damaged",
             )
         try:
             self._session = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
             )
             about = self._session.get_modelmeta().custom_metadata_map
-        except Exception as error:  # whatever onnxruntime makes of it
+        except Exception as error:  # onnxruntime raises many kinds
             line = str(error).partition("\n")[0]
-            raise UserError(f"{path}: not an ONNX export, or damaged ({line})") from None
+            raise UserError(f"{path}: not an ONNX export, or damaged ({line})", "damaged") from None
         if about.get("format") != FORMAT:
-            raise UserError(f"{path}: not an ONNX export: its metadata is not that of bitmixer")
+            raise UserError(
+                f"{path}: not an ONNX export: its metadata is not that of bitmixer", "wrong-format"
+            )
         self._read(Reader(str(path)), about, sealed=whole is not None)
         if whole is None:
             logging.getLogger(__name__).warning(
@@ -141,10 +146,10 @@ class OnnxRunner:
         _agrees(read, outputs[0], "tensor(float)", None, (len(self.classes),))
 
     def __call__(self, images: np.ndarray, policy: Any = None) -> np.ndarray:
-        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]``.
+        """Computes logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]``.
 
         Args:
-          policy: ``[L]`` widths or one for all layers, for a switchable file alone.
+          policy: ``[L]`` widths or one for all layers; only for a switchable file.
 
         Raises:
           UserError: images or a policy that do not fit, a policy for a file that holds one already,
@@ -156,7 +161,9 @@ class OnnxRunner:
                 raise UserError("a switchable ONNX file: give a policy")
             feed["policy"] = check_policy(policy, self.space, len(self.names)).astype(np.int64)
         elif policy is not None:
-            raise UserError("this ONNX file holds one policy; export a switchable one to choose")
+            raise UserError(
+                "this ONNX file holds one policy; export a switchable one to choose", "conflict"
+            )
         try:
             return np.asarray(self._session.run(["logits"], feed)[0])
         except Exception as error:  # of a damaged file without a checksum, or no memory
@@ -165,7 +172,7 @@ class OnnxRunner:
 
 
 def _levels(level: Any) -> tuple[Any, ...]:
-    """onnxruntime's levels in the order of OPTIMIZATION."""
+    """Returns onnxruntime's levels in the order of OPTIMIZATION."""
     return level.ORT_DISABLE_ALL, level.ORT_ENABLE_BASIC, level.ORT_ENABLE_ALL
 
 

@@ -1,6 +1,6 @@
-"""The network of a packed file, put together from its description and its tensors.
+"""Builds the network of a packed file from its description and its tensors.
 
-Nothing is taken on trust: shapes, counts and values are checked against the layer table.
+It checks all shapes, counts and values against the layer table: a file may be damaged or hostile.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from bitmixer_jax.export.description import Reader
 from bitmixer_jax.export.integer_model import FloatStem, Head, IntegerModel, Kernel, Layer
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
 from bitmixer_jax.policy import BitSpace
+from bitmixer_jax.quantizers import WeightQuantizer
 
 NORM_DTYPES = ("float32", "float16")
 
 
 class PackedReader:
-    """Puts a network together from a description and its arrays."""
+    """Builds a network from a description and its arrays."""
 
     def __init__(
         self,
@@ -29,28 +30,28 @@ class PackedReader:
         arrays: Mapping[str, np.ndarray],
         whole: BitSpace,
         kept: tuple[int, ...],
-        kind: str,
+        quantizer: WeightQuantizer,
         planes: int,
     ):
-        """Takes what was read.
+        """Keeps what was read.
 
         Args:
-          read: checks, and fails in the name of the file.
+          read: checks values, and names the file in errors.
           description: of the network, as `description.describe` makes it.
           arrays: tensors by name.
           whole, kept: widths of the file, and those that its planes give.
-          kind: of the weight quantiser.
-          planes: how many there are to use.
+          quantizer: of the weights.
+          planes: how many to use.
         """
         self._read, self._description, self._arrays = read, description, arrays
-        self._whole, self._kind, self._planes = whole, kind, planes
+        self._whole, self._quantizer, self._planes = whole, quantizer, planes
         self._kept = kept
-        self._coarser = 2.0 ** (whole.widest - kept[-1]) if kind != "independent" else 1.0
+        self._coarser = 2.0 ** (whole.widest - kept[-1]) if quantizer.nested else 1.0
         self._rows = [whole.choices.index(b) for b in kept]
         self._taken: dict[str, int] = {}
 
     def _take(self, name: str, dtype: Any, count: int) -> np.ndarray:
-        """The next ``count`` numbers of a tensor."""
+        """Returns the next ``count`` numbers of a tensor."""
         array = self._arrays.get(name)
         start = self._taken.get(name, 0)
         if array is None or array.dtype != dtype or array.ndim != 1 or start + count > len(array):
@@ -59,7 +60,7 @@ class PackedReader:
         return array[start : start + count]
 
     def _exactly(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """A whole tensor."""
+        """Returns a whole tensor."""
         array = self._arrays.get(name)
         if array is None or array.dtype != dtype or array.shape != shape:
             self._read.fail(f"{name} is absent or of another shape")
@@ -67,7 +68,7 @@ class PackedReader:
         return array
 
     def build(self) -> IntegerModel:
-        """The network. Raises UserError where something does not fit."""
+        """Returns the network. Raises UserError where something does not fit."""
         read, about = self._read, self._description
         image_shape = read.image_shape(about.get("image_shape"))
         stem_info = read.kernel(about.get("stem"), image_shape)
@@ -77,22 +78,23 @@ class PackedReader:
         infos = tuple(read.layer(row, place) for place, row in enumerate(rows))
         features = read.whole(about.get("features"), 1, 2**20, "features")
         graph = read.graph(about.get("graph"), stem_info, infos, image_shape, features)
-        norm, ends = about.get("norm"), about.get("ends")
-        if norm not in ("transitional", "per_width") or ends not in ("float", "int8"):
+        norm, first_last = about.get("norm"), about.get("ends")
+        if norm not in ("transitional", "per_width") or first_last not in ("float", "int8"):
             read.fail("norm or ends is unknown")
         if about.get("tables") not in NORM_DTYPES:
             read.fail("tables is unknown")
         classes = read.texts(about.get("classes"), "classes")
-        layers = tuple(self._layer(info, norm == "transitional") for info in infos)
-        stem, head = self._ends(stem_info, image_shape, features, len(classes), ends == "float")
+        layers = tuple(self._layer(info, norm) for info in infos)
+        real = first_last == "float"
+        stem, head = self._first_last(stem_info, image_shape, features, len(classes), real)
         for name, array in self._arrays.items():
             if not name.startswith("plane.") and array.shape[:1] != (self._taken.get(name),):
                 read.fail(f"{name} is longer than its layers need")
         channels = image_shape[2]
         network = IntegerModel(
             space=BitSpace(self._kept),
-            weight_quantizer=self._kind,
-            code_bits=self._planes if self._kind != "independent" else self._whole.widest,
+            weight_quantizer=self._quantizer.name,
+            code_bits=self._planes if self._quantizer.nested else self._whole.widest,
             graph=graph,
             layers=layers,
             stem=stem,
@@ -112,28 +114,30 @@ class PackedReader:
         values = self._description.get(key)
         return np.asarray(self._read.numbers(values, count, key), np.float32)
 
-    def _layer(self, info: LayerInfo, transitional: bool) -> Layer:
+    def _layer(self, info: LayerInfo, norm: str) -> Layer:
         n = self._whole.n
-        step = self._take("input_steps", np.float32, n)[self._rows]
-        before = n if transitional and info.predecessor >= 0 else 1
+        step_size = self._take("input_steps", np.float32, n)[self._rows]
+        rows = info.norm_rows(n, norm)
         return Layer(
             info=info,
-            step=self._positive(step, "input_steps"),
-            kernels=tuple(self._kernel(kernel, before) for kernel in info.kernels),
+            step_size=self._positive(step_size, "input_steps"),
+            kernels=tuple(self._kernel(kernel, rows) for kernel in info.kernels),
         )
 
-    def _kernel(self, info: KernelInfo, before: int) -> Kernel:
+    def _kernel(self, info: KernelInfo, rows: int) -> Kernel:
+        """Reads a kernel whose tables have P = ``rows`` rows."""
         n, channels = self._whole.n, info.shape[-1]
         own = self._rows
-        predecessor = own if before > 1 else [0]
-        count = self._take("counts", np.int32, before * n).reshape(before, n)
-        norms = self._norms(2 * before * n, channels).reshape(2, before, n, channels)
-        steps = self._take("weight_steps", np.float32, n if self._kind == "independent" else 1)
+        predecessor = own if rows > 1 else [0]
+        count = self._take("counts", np.int32, rows * n).reshape(rows, n)
+        norms = self._norms(2 * rows * n, channels).reshape(2, rows, n, channels)
+        number = self._quantizer.step_size_count(self._whole)
+        step_sizes = self._take("weight_steps", np.float32, number)
         multiplier, offset = norms[:, predecessor][:, :, own]
         return Kernel(
             info=info,
             codes=self._codes(info),
-            step=self._positive(steps, "weight_steps") * np.float32(self._coarser),
+            step_size=self._positive(step_sizes, "weight_steps") * np.float32(self._coarser),
             multiplier=np.ascontiguousarray(multiplier),
             offset=np.ascontiguousarray(offset),
             count=count[predecessor][:, own],
@@ -156,7 +160,7 @@ class PackedReader:
         return values
 
     def _codes(self, info: KernelInfo) -> np.ndarray:
-        """Codes int8 of a kernel from the planes that are used."""
+        """Returns the codes of a kernel, int8 ``[S, ...]``, from the planes that are used."""
         size = math.ceil(info.params / 8)
 
         def read_planes(names: list[str]) -> np.ndarray:
@@ -167,12 +171,10 @@ class PackedReader:
                 codes = (codes << 1) | bits.astype(np.int8) if i else -bits.astype(np.int8)
             return codes.reshape(info.shape)
 
-        if self._kind != "independent":
-            return read_planes([f"plane.{i}" for i in range(self._planes)])[None]
-        sets = [[f"plane.{b}bits.{i}" for i in range(b)] for b in self._kept]
-        return np.stack([read_planes(names) for names in sets])
+        sets = self._quantizer.plane_names(self._whole)
+        return np.stack([read_planes(names[: self._planes]) for names in sets])
 
-    def _ends(
+    def _first_last(
         self, info: KernelInfo, image_shape: Any, features: int, classes: int, real: bool
     ) -> tuple[FloatStem | Layer, Head]:
         channels = info.shape[-1]
@@ -186,12 +188,12 @@ class PackedReader:
                 self._read.fail("stem or head is not finite")
         if real:
             stem = FloatStem(info=info, kernel=kernel, multiplier=multiplier, offset=offset)
-            return stem, Head(kernel=weights, bias=bias, steps=None)
-        steps = self._positive(self._exactly("end_steps", np.float32, (4,)), "end_steps")
+            return stem, Head(kernel=weights, bias=bias, step_sizes=None)
+        step_sizes = self._positive(self._exactly("end_steps", np.float32, (4,)), "end_steps")
         one = Kernel(
             info=info,
             codes=kernel[None],
-            step=steps[1:2],
+            step_size=step_sizes[1:2],
             multiplier=multiplier[None, None],
             offset=offset[None, None],
             count=np.ones((1, 1), np.int32),
@@ -205,5 +207,6 @@ class PackedReader:
             signed=True,
             input=image_shape,
         )
-        head = Head(kernel=weights, bias=bias, steps=(float(steps[2]), float(steps[3])))
-        return Layer(info=layer, step=steps[:1], kernels=(one,)), head
+        of_head = float(step_sizes[2]), float(step_sizes[3])
+        head = Head(kernel=weights, bias=bias, step_sizes=of_head)
+        return Layer(info=layer, step_size=step_sizes[:1], kernels=(one,)), head

@@ -19,17 +19,18 @@ PYTORCH_FORMAT = "bitmixer-pytorch"
 
 
 def state_dict(network: IntegerModel) -> dict[str, np.ndarray]:
-    """The state of the PyTorch module, by name.
+    """Returns the state of the PyTorch module, by name.
 
-    ``layers.I.step`` ``[n]``; ``layers.I.KERNEL.codes`` int8 ``[S, O, I, kh, kw]``, ``.multiplier``
-    and ``.offset`` ``[P, n, O]``, ``.count`` int32 ``[P, n]``, KERNEL "conv" or "shortcut";
-    ``stem.*`` likewise, or ``stem.kernel``, ``stem.multiplier``, ``stem.offset`` if it is
-    real-valued; ``head_kernel`` ``[F, K]``, ``head_bias``, and ``head_steps`` ``[2]`` if int8.
+    ``layers.I.step`` ``[n]``, the step sizes of the input; ``layers.I.KERNEL.codes`` int8
+    ``[S, O, I, kh, kw]``, ``.multiplier`` and ``.offset`` ``[P, n, O]``, ``.count`` int32
+    ``[P, n]``, KERNEL "conv" or "shortcut"; ``stem.*`` likewise, or ``stem.kernel``,
+    ``stem.multiplier``, ``stem.offset`` if it is real-valued; ``head_kernel`` ``[F, K]``,
+    ``head_bias``, and ``head_steps`` ``[2]`` if int8. Files have these names; they must not change.
     """
     arrays: dict[str, np.ndarray] = {}
 
     def add(prefix: str, layer: Layer) -> None:
-        arrays[f"{prefix}.step"] = layer.step
+        arrays[f"{prefix}.step"] = layer.step_size
         for kernel in layer.kernels:
             name = f"{prefix}.{kernel.info.name}"
             arrays[f"{name}.codes"] = kernel.codes.transpose(0, 4, 3, 1, 2)
@@ -45,7 +46,7 @@ def state_dict(network: IntegerModel) -> dict[str, np.ndarray]:
         arrays["stem.multiplier"], arrays["stem.offset"] = stem.multiplier, stem.offset
     else:
         add("stem", stem)
-        arrays["head_steps"] = np.asarray(head.steps, np.float32)
+        arrays["head_steps"] = np.asarray(head.step_sizes, np.float32)
     arrays["head_kernel"], arrays["head_bias"] = head.kernel, head.bias
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
@@ -53,14 +54,20 @@ def state_dict(network: IntegerModel) -> dict[str, np.ndarray]:
 def export_pytorch(network: IntegerModel, folder: str | pathlib.Path) -> None:
     """Writes weights.safetensors and model.py into a new folder.
 
+    Args:
+      network: the integers.
+      folder: which is made.
+
     Raises:
-      UserError: safetensors is not installed, the network was cut, or the folder is there already.
+      UserError: safetensors is not installed, the network was read from a cut file, or the folder
+        exists already.
     """
     try:
         from safetensors.numpy import save
     except ImportError:
         raise UserError(
-            "export to PyTorch needs safetensors: pip install 'bitmixer_jax[torch]'"
+            "export to PyTorch needs safetensors: pip install 'bitmixer_jax[torch]'",
+            "not-installed",
         ) from None
     if network.code_bits != network.space.widest:
         raise UserError("export: this network was read from a cut packed file; use the whole")
@@ -75,10 +82,10 @@ def export_pytorch(network: IntegerModel, folder: str | pathlib.Path) -> None:
 
 
 class TorchRunner:
-    """An export, loaded and run by PyTorch: ``runner(images, policy)`` gives logits."""
+    """Runs an export in PyTorch: ``runner(images, policy)`` returns logits."""
 
     def __init__(self, folder: str | pathlib.Path):
-        """Loads the export by its own model.py.
+        """Loads the export with its own model.py.
 
         Raises:
           UserError: PyTorch is not installed.
@@ -87,7 +94,8 @@ class TorchRunner:
             import torch
         except ImportError:
             raise UserError(
-                "running the export needs PyTorch: pip install 'bitmixer_jax[torch]'"
+                "running the export needs PyTorch: pip install 'bitmixer_jax[torch]'",
+                "not-installed",
             ) from None
         self._torch = torch
         path = pathlib.Path(folder) / "model.py"
@@ -99,7 +107,7 @@ class TorchRunner:
         self.net: Any = module.load(folder)
 
     def __call__(self, images: np.ndarray, policy: np.ndarray) -> np.ndarray:
-        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]`` at a policy ``[L]``."""
+        """Computes logits float32 ``[N, K]``: images uint8 ``[N, H, W, C]``, policy ``[L]``."""
         self.net.set_policy(policy)
         parts = []
         with self._torch.no_grad():

@@ -1,4 +1,4 @@
-"""Model families, by name."""
+"""The model families, and `create_model`, which builds one by its name."""
 
 from __future__ import annotations
 
@@ -45,18 +45,28 @@ def create_model(
     Args:
       name: one of ``MODELS``: "resnet8" (small, for CPUs), "resnet20", "resnet32", "resnet56"
         (CIFAR); "resnet18", "resnet34", "resnet50", "mobilenetv2" (ImageNet).
-      num_classes: width of the head.
-      space: widths each layer may take; None builds the float twin.
+      num_classes: number of logits.
+      space: widths that each layer may take; None builds the full-precision baseline.
       settings: attributes of the family (``image_shape``, ``width``, ``stem_strides``,
         ``first_last_layers``, ...) and of `QuantConfig` (``weight_quantizer``, ``norm``,
         ``compute_dtype``, ...).
 
+    Returns:
+      a Linen module; `Network` says how it is called.
+
     Raises:
       UserError: unknown name or setting.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet20", num_classes=10, weight_quantizer="double")
+      >>> model.num_layers, model.names[0], model.space.choices
+      (18, 'stage1.block1.conv1', (2, 3, 4))
     """
     if name not in MODELS:
         raise UserError(
-            f"model {name!r}: unknown{closest(name, list(MODELS))} (one of {', '.join(MODELS)})"
+            f"model {name!r}: unknown{closest(name, list(MODELS))} (one of {', '.join(MODELS)})",
+            "unknown-name",
         )
     family, defaults = MODELS[name]
     settings = new_keys(settings, MODEL_SETTINGS)
@@ -67,7 +77,8 @@ def create_model(
             known = sorted(of_quant | of_family)
             raise UserError(
                 f"model {name!r}: unknown setting {setting!r}{closest(setting, known)}"
-                f" (one of {', '.join(known)})"
+                f" (one of {', '.join(known)})",
+                "unknown-name",
             )
     quant = QuantConfig(space=space, **{k: v for k, v in settings.items() if k in of_quant})
     if settings.get("first_last_layers", "float") not in ("float", "int8"):

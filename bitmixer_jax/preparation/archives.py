@@ -67,25 +67,30 @@ def open_source(
     if source.is_dir():
         return _open_folder(name, spec, formats, source)
     if not source.is_file():
-        raise UserError(f"no such file or folder: {source}; the source of {name} is {spec.sources}")
+        raise UserError(
+            f"no such file or folder: {source}; the source of {name} is {spec.sources}",
+            "no-such-file",
+        )
     known = [(fmt, fmt.archive) for fmt in formats if fmt.archive]
     if not known:
-        raise UserError(f"{source} is a file: the source of {name} is {spec.sources}")
+        raise UserError(f"{source} is a file: the source of {name} is {spec.sources}", "bad-path")
     try:
         fmt = _recognise(name, known, source)
         contents = _unpack(fmt, source)
     except _READ_ERRORS as error:
-        raise UserError(f"{source} cannot be read: {reason(error)}") from error
+        raise UserError(f"{source} cannot be read: {reason(error)}", "not-readable") from error
     missing = [names[0] for names in fmt.files if names[0] not in contents]
     if missing:
-        raise UserError(f"{source} lacks {', '.join(missing)}")
+        raise UserError(f"{source} lacks {', '.join(missing)}", "no-data")
     return fmt, Files(str(source), contents.__getitem__)
 
 
 def check_size(data: bytes, size: int, where: str) -> None:
     """Raises UserError unless the content of a file has the right size."""
     if len(data) != size:
-        raise UserError(f"{where} is truncated or wrong: expected {size} bytes, found {len(data)}")
+        raise UserError(
+            f"{where} is truncated or wrong: expected {size} bytes, found {len(data)}", "damaged"
+        )
 
 
 def _open_folder(
@@ -102,15 +107,15 @@ def _open_folder(
         for fmt in formats:
             if fmt.archive and (source / fmt.archive.file).is_file():
                 packed = source / fmt.archive.file
-                raise UserError(f"{source} is not unpacked data: give {packed}")
-        raise UserError(f"no file of {name} in the folder {source}: give {spec.sources}")
+                raise UserError(f"{source} is not unpacked data: give {packed}", "wrong-format")
+        raise UserError(f"no file of {name} in the folder {source}: give {spec.sources}", "no-data")
     _, fmt, folder = best
     present: dict[str, pathlib.Path] = {}
     for names in fmt.files:
         paths = [folder / file for file in names if (folder / file).is_file()]
         if not paths:
             others = f" (or {', '.join(names[1:])})" if names[1:] else ""
-            raise UserError(f"{folder / names[0]} is missing{others}: {name} needs it")
+            raise UserError(f"{folder / names[0]} is missing{others}: {name} needs it", "no-data")
         present[names[0]] = paths[0]
 
     def read(file: str) -> bytes:
@@ -137,7 +142,8 @@ def _recognise(name: str, known: Sequence[tuple[Format, Archive]], source: pathl
     found = ", ".join(f"{key} {value}" for key, value in sorted(digests.items()))
     raise UserError(
         f"{source} is truncated or not an archive of {name}: expected one of {expected}; found "
-        f"{source.stat().st_size} bytes, {found}; download it again"
+        f"{source.stat().st_size} bytes, {found}; download it again",
+        "damaged",
     )
 
 

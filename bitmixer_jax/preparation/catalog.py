@@ -72,17 +72,19 @@ def check_arrays(name: str, arrays: Mapping[str, np.ndarray], where: str) -> Non
         if values.shape != shape or values.dtype != np.uint8:
             found = dtype_and_shape(values)
             raise UserError(
-                f"{where}: {array} of {name} must be uint8 {list(shape)}, found {found}"
+                f"{where}: {array} of {name} must be uint8 {list(shape)}, found {found}", "damaged"
             )
         if array.endswith("_labels") and values.max() >= len(spec.classes):
             raise UserError(
                 f"{where}: {array} of {name} must lie in 0..{len(spec.classes) - 1}, "
-                f"found {values.max()}"
+                f"found {values.max()}",
+                "damaged",
             )
         if array in sha256:
             digest = hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
             if digest != sha256[array]:
                 raise UserError(
                     f"{where}: {array} are not those of {name}: expected sha256 {sha256[array]}, "
-                    f"found {digest}; get the files again"
+                    f"found {digest}; get the files again",
+                    "damaged",
                 )

@@ -34,7 +34,9 @@ def read_pickles(files: Files, spec: Spec) -> dict[str, np.ndarray]:
             labels = content[b"labels"]
             batches[batch] = _interleave(planes, spec), _as_labels(labels, count, where)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{where} is not a batch of CIFAR-10: {reason(error)}") from error
+            raise UserError(
+                f"{where} is not a batch of CIFAR-10: {reason(error)}", "damaged"
+            ) from error
     return _arrays(batches)
 
 
@@ -58,7 +60,9 @@ def read_sheets(files: Files, spec: Spec) -> dict[str, np.ndarray]:
         try:
             values = parse_json(files.read(f"{split}_lables.json"))
         except ValueError as error:
-            raise UserError(f"{where} is truncated or not JSON: {reason(error)}") from error
+            raise UserError(
+                f"{where} is truncated or not JSON: {reason(error)}", "damaged"
+            ) from error
         labels[split] = _as_labels(values, spec.counts[split], where)
     counts = _counts(spec)
     parts = np.split(labels["train"], np.cumsum([counts[batch] for batch in _TRAIN])[:-1])
@@ -82,11 +86,14 @@ def _read_sheet(files: Files, file: str, count: int, spec: Spec) -> np.ndarray:
             if (sheet.mode, sheet.size) != ("RGB", size):
                 raise UserError(
                     f"{where}: expected an RGB sheet of {size[0]} x {count} pixels, "
-                    f"found {sheet.mode} {sheet.width} x {sheet.height}"
+                    f"found {sheet.mode} {sheet.width} x {sheet.height}",
+                    "damaged",
                 )
             return np.array(sheet).reshape(count, *spec.image_shape)
     except (OSError, SyntaxError, zlib.error, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"{where} is truncated or not a PNG image: {reason(error)}") from error
+        raise UserError(
+            f"{where} is truncated or not a PNG image: {reason(error)}", "damaged"
+        ) from error
 
 
 def _counts(spec: Spec) -> dict[str, int]:
@@ -118,7 +125,9 @@ def _as_labels(values: Any, count: int, where: str) -> np.ndarray:
     good = isinstance(values, list) and all(type(v) is int and 0 <= v < 256 for v in values)
     if not good or len(values) != count:
         found = f"{len(values)} items" if isinstance(values, list) else type(values).__name__
-        raise UserError(f"{where}: expected a list of {count} labels in 0..255, found {found}")
+        raise UserError(
+            f"{where}: expected a list of {count} labels in 0..255, found {found}", "damaged"
+        )
     return np.array(values, np.uint8)
 
 

@@ -33,7 +33,8 @@ def read(files: Files, spec: Spec) -> dict[str, np.ndarray]:
         if not data.startswith(header):
             raise UserError(
                 f"{files.where}/{file} is not the idx file of {list(sizes)} bytes it should be: "
-                f"expected the header {header.hex()}, found {data[: len(header)].hex()}"
+                f"expected the header {header.hex()}, found {data[: len(header)].hex()}",
+                "damaged",
             )
         check_size(data, len(header) + int(np.prod(sizes)), f"{files.where}/{file}")
         arrays[array] = np.frombuffer(data, np.uint8, offset=len(header)).reshape(shape)

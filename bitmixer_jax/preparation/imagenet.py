@@ -44,9 +44,13 @@ def write_records(source: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
         data_dir.mkdir(parents=True, exist_ok=True)
         write_splits(classes, splits, data_dir)
     except ImportError as error:
-        raise UserError(f"preparing imagenet needs tensorflow-datasets ({error})") from error
+        raise UserError(
+            f"preparing imagenet needs tensorflow-datasets ({error})", "not-installed"
+        ) from error
     except tarfile.TarError as error:
-        raise UserError(f"{source}: an archive is truncated or wrong: {reason(error)}") from error
+        raise UserError(
+            f"{source}: an archive is truncated or wrong: {reason(error)}", "damaged"
+        ) from error
     except OSError as error:
         raise UserError(f"cannot prepare {target} from {source}: {error}") from error
     return target
@@ -62,7 +66,8 @@ def images_of_folders(source: pathlib.Path) -> tuple[tuple[str, ...], Splits]:
     for name in classes:
         if not name.isprintable():  # names that are not UTF-8 are not printable either
             raise UserError(
-                f"{source}: the class {name!a} has a name that records cannot hold; rename it"
+                f"{source}: the class {name!a} has a name that records cannot hold; rename it",
+                "bad-value",
             )
 
     def read(images: FolderSource) -> Images:
@@ -81,20 +86,22 @@ def images_of_archives(source: pathlib.Path) -> tuple[tuple[str, ...], Splits]:
     """
     for name in (TRAIN_TAR, VALIDATION_TAR):
         if not (source / name).is_file():
-            raise UserError(f"{source}: {name} is missing; both archives are needed")
+            raise UserError(f"{source}: {name} is missing; both archives are needed", "damaged")
     classes, of_validation = published_labels()
     with tarfile.open(source / TRAIN_TAR) as outer:
         missing = sorted({f"{name}.tar" for name in classes} - {*outer.getnames()})
     if missing:
         raise UserError(
             f"{source / TRAIN_TAR}: {len(missing)} of {len(classes)} classes are missing: "
-            f"{listed(missing)}"
+            f"{listed(missing)}",
+            "damaged",
         )
     with tarfile.open(source / VALIDATION_TAR) as archive:
         images = sorted(member.name for member in archive if member.isfile())
     if len(images) != len(of_validation):
         raise UserError(
-            f"{source / VALIDATION_TAR}: expected {len(of_validation)} images, found {len(images)}"
+            f"{source / VALIDATION_TAR}: expected {len(of_validation)} images, found {len(images)}",
+            "damaged",
         )
 
     def train() -> Images:

@@ -63,7 +63,7 @@ def prepare(
     if name not in SPECS:
         why = "needs no preparation, load it as it is" if name == "digits" else "is not known"
         known = ", ".join([*SPECS, "imagenet"])
-        raise UserError(f"data set {name!r} {why}: what can be prepared is {known}")
+        raise UserError(f"data set {name!r} {why}: what can be prepared is {known}", "unknown-name")
     source, data_dir = user_path(source), user_path(data_dir)
     target = data_dir / name
     if target.exists():
@@ -82,7 +82,9 @@ def prepare(
     except OSError as error:
         if (target / "info.json").is_file():  # another process was faster
             return _verify(name, data_dir)
-        raise UserError(f"cannot write to the data folder {data_dir}: {reason(error)}") from error
+        raise UserError(
+            f"cannot write to the data folder {data_dir}: {reason(error)}", "not-writable"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _log.info("prepared %s from %s (%s)", target, source, fmt.name)
@@ -95,7 +97,8 @@ def _verify(name: str, data_dir: pathlib.Path) -> pathlib.Path:
     if not (folder / "info.json").is_file():
         raise UserError(
             f"{folder} is there without info.json, so it is no copy that `prepare` made: move it "
-            "away, or choose another data_dir"
+            "away, or choose another data_dir",
+            "exists",
         )
     _, arrays = open_local(name, data_dir)
     check_arrays(name, arrays, str(folder))

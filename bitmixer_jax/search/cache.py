@@ -75,9 +75,11 @@ class EvaluationCache:
                     raise ValueError("scores are finite")
                 self._known[tuple(entry["widths"])] = values
         except (ValueError, KeyError, TypeError, OverflowError):
-            raise UserError(f"{path}: damaged; remove it to measure again") from None
+            raise UserError(f"{path}: damaged; remove it to measure again", "damaged") from None
         if found != header:
-            raise UserError(f"{path}: scores of another network or of other images; remove it")
+            raise UserError(
+                f"{path}: scores of another network or of other images; remove it", "other-network"
+            )
 
     def _no_header(self, lines: list[bytes]) -> bool:
         """Whether a file is empty, or was cut short in its first line."""

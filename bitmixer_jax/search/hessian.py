@@ -20,7 +20,6 @@ import numpy as np
 import optax
 
 from bitmixer_jax.models import Network
-from bitmixer_jax.quantizers import weight_codes
 from bitmixer_jax.search.problem import Problem
 
 
@@ -100,14 +99,14 @@ def sensitivity(
     """
     found = traces(model, variables, images, labels, key, samples)
     table = np.zeros((problem.size, problem.space.n))
-    kind, space = model.quant.weight_quantizer, model.space
+    quantizer, space = model.quant.quantizer, model.space
     for group, layer in zip(problem.groups, model.layers, strict=True):
         for kernel in layer.kernels:
             own = variables["params"][layer.name][kernel.name]
             weights = []
             for choice in range(space.n):
-                codes, step = weight_codes(own["kernel"], own["step"], choice, space, kind)
-                weights.append(np.asarray(codes * step, np.float64))
+                codes, step_size = quantizer.quantize(own["kernel"], own["step"], choice, space)
+                weights.append(np.asarray(codes * step_size, np.float64))
             change = np.asarray([((w - weights[-1]) ** 2).mean() for w in weights])
             table[group] += 0.5 * max(found[layer.name][kernel.name], 0.0) * change
     return table

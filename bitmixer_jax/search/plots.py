@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 
 import numpy as np
 
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import cannot_write, user_path
 from bitmixer_jax.front import Front
 from bitmixer_jax.plotting import COLORS, new_figure, short_names
+
+
+def write_front(out: str | pathlib.Path, front: Front, *, overwrite: bool = False) -> None:
+    """Writes front.json, front.png and widths.png into the folder ``out``, made if need be.
+
+    Raises:
+      UserError: front.json is there with other content and ``overwrite`` is false, or there is no
+        room.
+    """
+    folder = user_path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    try:
+        front.save(folder / "front.json", overwrite=overwrite)
+    except UserError:
+        with contextlib.suppress(OSError):  # it was there before, and holds other files
+            folder.rmdir()
+        raise
+    plot_front(folder / "front.png", front)
+    plot_widths(folder / "widths.png", front)
 
 
 def plot_front(path: pathlib.Path, front: Front) -> None:

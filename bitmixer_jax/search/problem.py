@@ -40,29 +40,30 @@ def parse_budget(texts: Sequence[str], costs: Mapping[str, Cost]) -> tuple[Const
     for text in ",".join(texts).split(","):
         name, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
-            raise UserError(
-                f"--budget {text!r}: write COST=NUMBER, such as avg_bits=3 or bytes=60%"
-            )
+            raise UserError(f"budget {text!r}: write COST=NUMBER, such as avg_bits=3 or bytes=60%")
         if name not in costs:
             if name == "latency_ms":
-                raise UserError("--budget latency_ms: give a table of measured times, --latency")
+                raise UserError(
+                    "budget latency_ms: give a latency file with measured times", "missing-value"
+                )
             raise UserError(
-                f"--budget: unknown cost {name!r}{closest(name, list(costs))}"
-                f" (one of {', '.join(costs)})"
+                f"budget: unknown cost {name!r}{closest(name, list(costs))}"
+                f" (one of {', '.join(costs)})",
+                "unknown-name",
             )
         if name in limits:
-            raise UserError(f"--budget: {name} is limited twice; give one limit per cost")
+            raise UserError(f"budget: {name} is limited twice; give one limit per cost", "conflict")
         cost = costs[name]
         try:
             number = float(value.removesuffix("%"))
         except ValueError:
             number = float("nan")
         if not 0 <= number < float("inf"):
-            raise UserError(f"--budget {name}={value}: not a number (or a percentage)")
+            raise UserError(f"budget {name}={value}: not a number (or a percentage)")
         most = number * cost.widest / 100 if value.endswith("%") else number
         limits[name] = _reachable(Constraint(cost=cost, upper_bound=most))
     if not limits:
-        raise UserError("--budget: give at least one limit, such as avg_bits=3")
+        raise UserError("budget: give at least one limit, such as avg_bits=3", "missing-value")
     return tuple(limits.values())
 
 
@@ -71,7 +72,8 @@ def _reachable(limit: Constraint) -> Constraint:
     if limit.upper_bound < low * (1 - _SLACK):
         raise UserError(
             f"budget {limit}: no policy costs so little; {limit.cost.name} lies in "
-            f"[{low:g}, {high:g}] {limit.cost.unit}"
+            f"[{low:g}, {high:g}] {limit.cost.unit}",
+            "out-of-reach",
         )
     return limit
 
@@ -104,7 +106,7 @@ class Problem:
                 f"{limit} (reachable alone: from {self.range(limit.cost)[0]:g})"
                 for limit in self.constraints
             )
-            raise UserError(f"budget: no policy fits all limits together: {ranges}")
+            raise UserError(f"budget: no policy fits all limits together: {ranges}", "out-of-reach")
 
     @property
     def size(self) -> int:

@@ -76,7 +76,8 @@ class SearchResult:
         if not self.fits.any():
             raise UserError(
                 "search: none of the policies that were evaluated fits the budget; "
-                "try --method ilp, or more --evaluations"
+                "try method ilp, or more evaluations",
+                "out-of-reach",
             )
         return self.point(int(np.argmin(np.where(self.fits, self.scores.loss, np.inf))))
 

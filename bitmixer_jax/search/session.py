@@ -81,9 +81,11 @@ class SearchSettings:
             ("sensitivity", self.sensitivity, SENSITIVITIES),
         ):
             if value not in allowed:
-                raise UserError(f"{name} {value!r}{closest(value, allowed)}: one of {allowed}")
+                raise UserError(
+                    f"{name} {value!r}{closest(value, allowed)}: one of {allowed}", "unknown-name"
+                )
         if self.sensitivity != "measured" and self.method != "ilp":
-            raise UserError(f"sensitivity {self.sensitivity}: of method ilp alone")
+            raise UserError(f"sensitivity {self.sensitivity}: of method ilp alone", "conflict")
         for name, number in (("evaluations", self.evaluations), ("images", self.images)):
             if number < 1:
                 raise UserError(f"{name} {number}: give 1 or more")
@@ -115,7 +117,9 @@ class SearchSession:
         self.costs = costs(trained.model, settings.latency)
         self.split = settings.split or self._left_out()
         if self._is_test(self.split):
-            raise UserError(f"split {self.split}: that is test data; search on training data")
+            raise UserError(
+                f"split {self.split}: that is test data; search on training data", "test-data"
+            )
         data = trained.load_split(self.split, settings.data_dir)
         rows = np.random.default_rng(settings.seed).permutation(len(data))[: settings.images]
         self.data: Dataset = data.subset(rows)
@@ -388,7 +392,7 @@ def search_front(
     if cost not in session.costs:
         known = list(session.costs)
         hint = " (give a latency file)" if cost == "latency_ms" else closest(cost, known)
-        raise UserError(f"cost {cost!r}: unknown{hint}; one of {', '.join(known)}")
+        raise UserError(f"cost {cost!r}: unknown{hint}; one of {', '.join(known)}", "unknown-name")
     objective = session.costs[cost]
     result = session.search(session.problem(objective), on_scores)
     points = result.front()

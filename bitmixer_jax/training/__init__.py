@@ -1,6 +1,7 @@
 """Training: settings, stages, losses, the step, the loop, checkpoints.
 
-The names below load on first use: `trained` needs some of these modules, and the loop needs it.
+The names below load on first use, because `trained` imports some of these modules and the loop
+imports `trained`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from bitmixer_jax import deprecated
 
 if TYPE_CHECKING:
-    from bitmixer_jax.training.config import Run, baseline_config, default_config, load_config
+    from bitmixer_jax.training.config import Run
+    from bitmixer_jax.training.config_file import load_config
+    from bitmixer_jax.training.defaults import baseline_config, default_config
     from bitmixer_jax.training.loop import Interrupted, train
     from bitmixer_jax.training.stages import Stage
     from bitmixer_jax.training.step import TrainState
@@ -21,9 +24,9 @@ _HOME = {
     "Run": "config",
     "Stage": "stages",
     "TrainState": "step",
-    "baseline_config": "config",
-    "default_config": "config",
-    "load_config": "config",
+    "baseline_config": "defaults",
+    "default_config": "defaults",
+    "load_config": "config_file",
     "train": "loop",
 }
 __all__ = [

@@ -1,4 +1,4 @@
-"""A run laid out in steps: which stage, optimiser and examples each step has."""
+"""The schedule of a run: which stage, optimiser and examples each of its steps has."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from bitmixer_jax.training.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class TrainSchedule:
-    """A run laid out in steps.
+    """A run, divided into steps. Stages are given by their index.
 
     Attributes:
       run: the configuration.
-      model: the network, as after the last stage.
+      model: the network with everything quantised, or the full-precision baseline.
       examples: number of training images.
-      steps_per_epoch: whole batches in them; each epoch leaves out another remainder.
-      stage_ends: step at which each stage ends.
+      steps_per_epoch: number of whole batches in them. The images beyond are left out; they are
+        others in each epoch.
+      stage_ends: for each stage the number of steps, since the run began, at which it ends.
     """
 
     run: Run
@@ -37,37 +38,42 @@ class TrainSchedule:
     stage_ends: tuple[int, ...]
 
     def start(self, stage: int) -> int:
-        """First step of a stage."""
+        """Returns the number of steps at which a stage begins."""
         return self.stage_ends[stage - 1] if stage else 0
 
     def stage_of(self, step: int) -> int:
-        """The stage in which a state of ``step`` steps was made."""
+        """Returns the stage that made the state of ``step`` steps."""
         later = (i for i, end in enumerate(self.stage_ends) if step <= end)
         return next(later, len(self.stage_ends) - 1)
 
     def optimizer(self, stage: int) -> Any:
-        """The optimiser of a stage."""
+        """Returns the optimiser of a stage."""
         steps = self.stage_ends[stage] - self.start(stage)
         return make_optimizer(self.run.optimizer, self.run.stages[stage], steps)
 
     def rows(self, step: int) -> np.ndarray:
-        """Which examples step ``step`` takes: int32 ``[B]``, a function of (seed, epoch) alone."""
+        """Returns which examples a step trains on: int32 ``[B]``.
+
+        The order is a function of (seed, epoch), so a resumed run sees the same batches.
+        """
         return self.order.rows(step)
 
     @property
     def order(self) -> Order:
-        """The order of the training images."""
+        """Returns the order of the training images."""
         return Order(self.run.seed, self.examples, self.run.batch_size)
 
     def state(self, params: Any, batch_stats: Any, stage: int, step: int) -> TrainState:
-        """A state with fresh optimiser state."""
+        """Returns a state with fresh optimiser state; the moving average starts from ``params``."""
+        # A copy: the step donates its state, and one buffer cannot be donated twice.
         ema = jax.tree.map(jnp.array, params) if self.run.optimizer.ema else None
         opt_state = self.optimizer(stage).init(params)
         return TrainState(jnp.int32(step), params, batch_stats, opt_state, ema)
 
     def abstract_state(self) -> TrainState:
-        """Shapes and dtypes of the state, the same in all stages."""
+        """Returns the shapes and dtypes of a state. They are the same in all stages."""
 
+        # Only traced, so that it costs no memory: shapes follow from the network alone.
         def build() -> TrainState:
             images = jnp.zeros((1, *self.model.image_shape))
             variables = init(self.model, jax.random.key(0), images)
@@ -77,10 +83,15 @@ class TrainSchedule:
 
 
 def init(model: Network, key: jax.Array, images: jax.Array) -> dict[str, Any]:
-    """Variables of a network; step sizes are set from ``images`` float32 ``[N, H, W, C]``.
+    """Returns fresh variables of a network. Consumes ``key``.
 
-    Consumes ``key``.
+    Args:
+      model: the network.
+      key: of `jax.random.key`.
+      images: normalised, float32 ``[N, H, W, C]``; step sizes are set from them.
     """
+    # Step sizes of all widths are set from inputs that the layers before gave at the widest width,
+    # where they are nearest to real values.
     bits = None
     if model.quant.space is not None:
         bits = (model.space.widest,) * model.num_layers
@@ -88,16 +99,28 @@ def init(model: Network, key: jax.Array, images: jax.Array) -> dict[str, Any]:
 
 
 def make_schedule(run: Run, model: Network, examples: int) -> TrainSchedule:
-    """Lays out a run for a training set of ``examples`` images.
+    """Divides a run into steps.
+
+    Args:
+      run: the configuration.
+      model: its network.
+      examples: number of training images.
 
     Raises:
-      UserError: there is not one whole batch in the data.
+      UserError: there is not one whole batch in the data, or there are too many steps.
+
+        >>> from bitmixer_jax.training.config import default_config, read
+        >>> run = read(default_config())
+        >>> schedule = make_schedule(run, run.build(10, (8, 8, 1)), examples=1437)
+        >>> schedule.steps_per_epoch, schedule.stage_ends
+        (11, (55, 165, 330))
     """
     if run.batch_size > examples:
         raise UserError(f"config.batch_size = {run.batch_size}: more than the {examples} images")
     per_epoch = examples // run.batch_size
+    # A small fraction of an epoch is still one step: no stage of a configuration is skipped.
     lengths = [max(1, round(stage.epochs * per_epoch)) for stage in run.stages]
-    if sum(lengths) >= 2**31:
+    if sum(lengths) >= 2**31:  # steps are int32 on devices
         raise UserError(
             f"config.stages: {sum(lengths):.3g} steps in all; a run has at most 2^31 - 1; lower "
             "the epochs"
@@ -108,5 +131,5 @@ def make_schedule(run: Run, model: Network, examples: int) -> TrainSchedule:
 
 
 def as_of(model: Network, stage: Stage) -> Network:
-    """The network with what that stage quantises."""
+    """Returns the network with what that stage quantises."""
     return model.clone(quant=stage.quant_config(model.quant))

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bitmixer_jax as bm
 from bitmixer_jax.export.integer_model import to_integer_model
@@ -27,6 +28,16 @@ WEIGHT_QUANTIZERS = {
         name="resnet8", image_shape=(8, 8, 1), width=6, weight_quantizer="double", choices=(2, 5, 8)
     ),
 }
+
+# One of each weight quantiser, shortcuts with kernels, quantised ends: the others take longer.
+EVERYDAY = ("resnet18", "int8 ends", "double", "independent")
+EACH_KIND = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in EVERYDAY else pytest.mark.slow)
+        for kind in WEIGHT_QUANTIZERS
+    ],
+)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from bitmixer_jax.export.integer_engine import run_integer
 from bitmixer_jax.export.onnx_graph import STORAGE_DTYPES, policy_model, save_onnx, switchable_model
 from bitmixer_jax.export.onnx_int8 import int8_model, stream_ranges
 from bitmixer_jax.export.onnx_runner import OPTIMIZATION, OnnxRunner
-from tests.export.networks import WEIGHT_QUANTIZERS, integer_model, network, policies
+from tests.export.networks import EACH_KIND, WEIGHT_QUANTIZERS, integer_model, network, policies
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -51,7 +51,7 @@ def switchable(tmp_path_factory):
 
 
 @pytest.mark.parametrize("level", OPTIMIZATION)
-@pytest.mark.parametrize("kind", WEIGHT_QUANTIZERS)
+@EACH_KIND
 def test_the_switchable_graph_gives_the_logits_of_the_network(kind, level, switchable):
     runner, run, images = OnnxRunner(switchable(kind), level), reference(kind), pixels(kind)
     for policy in policies(kind):
@@ -59,7 +59,7 @@ def test_the_switchable_graph_gives_the_logits_of_the_network(kind, level, switc
 
 
 @pytest.mark.parametrize("storage_dtype", STORAGE_DTYPES)
-@pytest.mark.parametrize("kind", WEIGHT_QUANTIZERS)
+@EACH_KIND
 def test_the_graph_of_one_policy_gives_its_logits(kind, storage_dtype, tmp_path):
     run, images = reference(kind), pixels(kind)
     for number, policy in enumerate(policies(kind)[:: 1 if storage_dtype == "int8" else 3]):
@@ -70,10 +70,16 @@ def test_the_graph_of_one_policy_gives_its_logits(kind, storage_dtype, tmp_path)
             np.testing.assert_allclose(found, run(images, policy), **CLOSE)
 
 
-@pytest.mark.parametrize("kind", WEIGHT_QUANTIZERS)
-def test_the_fast_graph_gives_nearly_the_logits_of_its_policy(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "every"),
+    [
+        ("resnet18", 3),
+        *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in WEIGHT_QUANTIZERS),
+    ],
+)
+def test_the_fast_graph_gives_nearly_the_logits_of_its_policy(kind, every, tmp_path):
     run, images = reference(kind), pixels(kind, 32)
-    for number, policy in enumerate(policies(kind)):
+    for number, policy in enumerate(policies(kind)[::every]):
         path = tmp_path / f"{number}.onnx"
         ranges = stream_ranges(integer_model(kind), policy, images)
         save_onnx(path, int8_model(integer_model(kind), policy, ranges))
@@ -85,7 +91,7 @@ def test_the_fast_graph_gives_nearly_the_logits_of_its_policy(kind, tmp_path):
 
 
 def test_the_fast_graph_keeps_an_8_bit_stem_whose_codes_reach_their_end(tmp_path):
-    (kind,) = [k for k in WEIGHT_QUANTIZERS if network(k)[0].first_last_layers == "int8"][:1]
+    kind = "int8 ends"
     found, policy = integer_model(kind), policies(kind)[0]
     codes = found.stem.kernels[0].codes.copy()
     codes.flat[0] = -128

@@ -11,7 +11,7 @@ import pytest
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.integer_engine import run_integer
 from bitmixer_jax.export.packed import load_packed, pack, save_packed, unpack
-from tests.export.networks import WEIGHT_QUANTIZERS, images, integer_model
+from tests.export.networks import EACH_KIND, EVERYDAY, WEIGHT_QUANTIZERS, images, integer_model
 
 NESTED = [kind for kind in WEIGHT_QUANTIZERS if kind != "independent"]
 
@@ -34,28 +34,28 @@ def start_of_planes(data):
     return [8 + size + begin for begin, _ in planes] + [len(data)]
 
 
-@pytest.mark.parametrize("kind", WEIGHT_QUANTIZERS)
+@EACH_KIND
 def test_round_trip_keeps_every_number(kind):
     before, after = integer_model(kind), unpack(pack(integer_model(kind)), "file")
     for field in (
         "space",
-        "weight_kind",
+        "weight_quantizer",
         "code_bits",
         "graph",
         "image_shape",
         "classes",
-        "network",
+        "weights_digest",
     ):
         assert getattr(before, field) == getattr(after, field)
     assert before.about == after.about
     for old, new in zip(before.layers, after.layers, strict=True):
         assert old.info == new.info
-        np.testing.assert_array_equal(old.step, new.step)
+        np.testing.assert_array_equal(old.step_size, new.step_size)
         for one, other in zip(old.kernels, new.kernels, strict=True):
-            for leaf in ("codes", "step", "multiplier", "offset", "count"):
+            for leaf in ("codes", "step_size", "multiplier", "offset", "count"):
                 np.testing.assert_array_equal(getattr(one, leaf), getattr(other, leaf))
     np.testing.assert_array_equal(before.head.kernel, after.head.kernel)
-    assert before.head.steps == after.head.steps
+    assert before.head.step_sizes == after.head.step_sizes
 
 
 def test_other_readers_open_it(tmp_path):
@@ -68,7 +68,10 @@ def test_other_readers_open_it(tmp_path):
     assert np.array_equal(bits, integer_model("resnet8").layers[0].kernels[0].codes.ravel() < 0)
 
 
-@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in EVERYDAY else pytest.mark.slow) for kind in NESTED],
+)
 def test_cut_after_some_planes_it_is_the_narrower_network(kind):
     whole, data = integer_model(kind), pack(integer_model(kind))
     edges = start_of_planes(data)
@@ -145,7 +148,8 @@ def test_a_network_from_a_cut_file_is_packed_as_the_narrower_one():
     policy = np.asarray([2, 3, 3, 2, 2, 3], np.int32)
     np.testing.assert_array_equal(logits(again, "resnet8", policy), logits(cut, "resnet8", policy))
     np.testing.assert_array_equal(
-        cut.layers[0].kernels[0].step * 0.5, [integer_model("resnet8").layers[0].kernels[0].step[0]]
+        cut.layers[0].kernels[0].step_size * 0.5,
+        [integer_model("resnet8").layers[0].kernels[0].step_size[0]],
     )
     with pytest.raises(UserError, match="cut between two widths"):
         pack(unpack(pack(integer_model("double")), "file", planes=3))

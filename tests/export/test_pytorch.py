@@ -11,7 +11,7 @@ from bitmixer_jax.data import normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.integer_engine import tensors
 from bitmixer_jax.export.pytorch import TorchRunner, export_pytorch, state_dict
-from tests.export.networks import WEIGHT_QUANTIZERS, integer_model, network, policies
+from tests.export.networks import EACH_KIND, integer_model, network, policies
 
 torch = pytest.importorskip("torch")
 
@@ -35,7 +35,7 @@ def pixels(kind, number=6):
     return np.random.default_rng(3).integers(256, size=(number, *shape)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("kind", WEIGHT_QUANTIZERS)
+@EACH_KIND
 def test_every_tensor_is_that_of_the_integer_engine(kind, exported):
     net, found = TorchRunner(exported(kind)).net, integer_model(kind)
     images = pixels(kind)
@@ -108,6 +108,7 @@ def test_images_of_another_shape_are_refused(exported):
 def test_quantised_weights_are_int8_alone():
     state = state_dict(integer_model("resnet18"))
     floats = [name for name, array in state.items() if array.dtype == np.float32]
+    assert floats
     assert all(
         name.endswith((".multiplier", ".offset", ".step", "stem.kernel", "head_kernel", "_bias"))
         for name in floats

@@ -1,7 +1,5 @@
 """Searches of a trained network: budgets kept, test data read once, files, honest words."""
 
-import dataclasses
-import errno
 import functools
 import json
 import pathlib
@@ -12,11 +10,9 @@ import numpy as np
 import pytest
 
 from bitmixer_jax import data
-from bitmixer_jax.cli import main
 from bitmixer_jax.cost import activation_peak, costs
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator
-from bitmixer_jax.front import load_front
 from bitmixer_jax.policy import load_policy
 from bitmixer_jax.search import (
     METHODS,
@@ -24,71 +20,11 @@ from bitmixer_jax.search import (
     SearchSession,
     SearchSettings,
     search_front,
-    search_policy,
     session,
 )
-from bitmixer_jax.search.describe import describe_front, describe_policy
 from bitmixer_jax.trained import load
 from bitmixer_jax.training.checkpoints import digest
-
-SMALL = dict(images=64, evaluations=24)
-
-
-@pytest.fixture(scope="module")
-def workdir(trained, tmp_path_factory):
-    """A copy of the trained run: searches write into it."""
-    return str(shutil.copytree(trained, tmp_path_factory.mktemp("searched") / "run"))
-
-
-@pytest.fixture(scope="module")
-def model(trained):
-    return load(trained).model
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """What is read: the splits that are loaded, and how many policies each call of top1 has."""
-    seen = {"splits": [], "top1": []}
-    load, top1 = data.open_split, Evaluator.top1
-
-    def counting_load(name, split, data_dir=None, **how):
-        seen["splits"].append(split)
-        return load(name, split, data_dir, **how)
-
-    def counting_top1(self, variables, policies, *rest):
-        seen["top1"].append((self.examples, len(policies)))
-        return top1(self, variables, policies, *rest)
-
-    monkeypatch.setattr(data, "open_split", counting_load)
-    monkeypatch.setattr(Evaluator, "top1", counting_top1)
-    return seen
-
-
-def search(workdir, budget, out, overwrite=False, **settings):
-    """Searches, writes the policy, and returns the lines that are printed."""
-    found = search_policy(workdir, budget, **settings)
-    found.save(out, overwrite=overwrite)
-    return describe_policy(found)
-
-
-def open_session(workdir, **settings):
-    return SearchSession(load(workdir), SearchSettings(**settings))
-
-
-def run(*words):
-    """Runs a command in this process."""
-    return main([str(word) for word in words])
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Fails where a network is loaded: the mistake must be found before the work."""
-
-    def load(source):
-        raise AssertionError("the network was loaded")
-
-    monkeypatch.setattr(session, "load", load)
-
+from tests.search.runs import SMALL, open_session, run, search
 
 # --- a policy within a budget ---
 
@@ -267,12 +203,12 @@ def test_a_split_that_there_is_not_is_one_line(workdir, tmp_path, split):
 
 
 def test_a_float_twin_has_nothing_to_search(trained_float, tmp_path):
-    for run in (
+    for search_it in (
         lambda: search(str(trained_float), ["avg_bits=3"], tmp_path / "policy.json", **SMALL),
         lambda: search_front(trained_float, "bitops", **SMALL),
     ):
         with pytest.raises(UserError, match="full-precision baseline has no widths to search"):
-            run()
+            search_it()
     assert not (trained_float / "search").exists()
 
 
@@ -291,161 +227,10 @@ def test_settings_that_are_not_allowed_are_one_line(changes, message):
         SearchSettings(**changes)
 
 
-# --- which images score policies ---
-
-
-@pytest.fixture
-def as_if_trained_on(monkeypatch):
-    """``as_if_trained_on(split)``: the runs that are loaded say so."""
-
-    def change(split):
-        def changed(source):
-            loaded = load(source)
-            run = dataclasses.replace(loaded.run, train_split=split)
-            return dataclasses.replace(loaded, run=run)
-
-        monkeypatch.setattr(session, "load", changed)
-
-    return change
-
-
-def test_images_that_were_trained_on_are_said_to_be(workdir, tmp_path, as_if_trained_on, reads):
-    as_if_trained_on("train")
-    settings = dict(method="random", images=16, evaluations=2)
-    lines = search(workdir, ["avg_bits=3"], tmp_path / "policy.json", **settings)
-    assert reads["splits"][0] == "train"
-    assert "on 16 images of train; the network was trained on them: train with" in lines[-2]
-    assert "config.train_split=train[:90%]" in lines[-2]
-
-
-def test_a_split_that_was_asked_for_is_used(workdir, as_if_trained_on):
-    as_if_trained_on("train[:90%]")
-    opened = SearchSession(session.load(workdir), SearchSettings(split="train[1400:]"))
-    assert opened.split == "train[1400:]"
-    assert len(opened.data) == 37
-    assert not opened.seen_in_training
-
-
-def test_block_selection_searches_whole_blocks(workdir, model, tmp_path, monkeypatch):
-    def blocks(source):
-        loaded = load(source)
-        return dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, selection="block"))
-
-    monkeypatch.setattr(session, "load", blocks)
-    out = tmp_path / "policy.json"
-    search(workdir, ["avg_bits=3"], out, **SMALL)
-    policy = load_policy(out, model.names, model.space)
-    assert policy[::2].tolist() == policy[1::2].tolist()
-
-
-# --- fronts ---
-
-
-def test_a_front_is_written_with_its_plots(workdir, model, reads, tmp_path, capsys):
-    out = tmp_path / "deep" / "front"
-    words = ["front", "--workdir", workdir, "--cost", "bitops", "--out", out, "--random", 5]
-    assert run(*words, "--method", "evolution", "--images", 64, "--evaluations", 24) == 0
-    assert {path.name for path in out.iterdir()} == {"front.json", "front.png", "widths.png"}
-    assert all(
-        (out / name).read_bytes().startswith(b"\x89PNG") for name in ("front.png", "widths.png")
-    )
-    variables = load(workdir).variables
-    front = load_front(out / "front.json", model.names, model.space, digest(variables))
-    bitops = costs(model)["bitops"]
-    assert (front.cost, front.unit) == ("bitops", "BitOPs")
-    for point in front.points:
-        assert point.cost == bitops(np.asarray(point.widths))
-        assert 0 <= point.test_top1 <= 1
-    assert front.points[0].widths == (2,) * 6
-    assert [entry["widths"][0] for entry in front.notes["uniform"]] == [2, 3, 4]
-    assert len(front.notes["random"]) == 5
-    assert front.notes["test"] == {"examples": 100}
-    assert front.notes["search"]["method"] == "evolution"
-    assert front.notes["search"]["images"] == 64
-    assert reads["splits"][-1] == "test[:100]"
-    assert set(reads["splits"][:-1]) == {"train[256:]"}
-    assert reads["top1"] == [(100, len(front.points) + 3 + 5)]
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Test data: 100 images, read once, after the search." in said
-
-
-@pytest.mark.parametrize("name", ["greedy", "ilp", "random"])
-def test_every_method_draws_a_front(workdir, model, tmp_path, name):
-    settings = dict(method=name, images=64, evaluations=8)
-    front, opened = search_front(workdir, "avg_bits", random=0, **settings)
-    lines = describe_front(front, opened)
-    shown = [line for line in lines if line.startswith("| ") and "," in line]
-    assert len(shown) == min(len(front.points), 12)
-    assert lines[-1] == "Test data: 100 images, read once, after the search."
-    front.save(tmp_path / "front.json")
-    assert load_front(tmp_path / "front.json", model.names, model.space) == front
-    assert (front.cost, front.unit) == ("avg_bits", "bits")
-    assert front.notes["random"] == []
-    if name != "random":
-        assert front.best(2.0).widths == (2,) * 6
-
-
-def test_the_points_of_a_front_score_on_test_as_they_do_alone(workdir, tmp_path):
-    front, _ = search_front(workdir, "bytes", method="random", **SMALL, random=2)
-    front.save(tmp_path / "front.json")
-    content = json.loads((tmp_path / "front.json").read_text())
-    loaded = load(workdir)
-    model, variables = loaded.model, loaded.variables
-    test = data.load("digits", "test[:100]")
-    evaluator = Evaluator(model, test, test.mean, test.std, batch_size=500)
-    for entry in (*content["points"], *content["uniform"], *content["random"]):
-        alone = evaluator.top1(variables, np.asarray([entry["widths"]], np.int32))
-        assert entry["test_top1"] == alone[0]
-
-
-def test_a_front_that_is_there_is_refused_before_any_work(no_network, workdir, tmp_path, capsys):
-    (tmp_path / "front.json").write_text("mine")
-    assert run("front", "--workdir", workdir, "--out", tmp_path) == 2
-    assert "front.json: already exists" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["front.json"]
-
-
-def test_a_front_in_place_of_a_file_is_refused_before_any_work(
-    no_network, workdir, tmp_path, capsys
-):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "front"):
-        assert run("front", "--workdir", workdir, "--out", out) == 2
-        said = capsys.readouterr().err
-        assert said.startswith(f"bitmixer: --out {out}")
-        assert "cannot write" in said
-
-
-@pytest.mark.parametrize(
-    ("cost", "message"),
-    [
-        ("bitop", "did you mean bitops"),
-        ("latency_ms", "give a latency file"),
-        ("flops", "one of avg_bits, "),
-    ],
-)
-def test_an_unknown_cost_measures_nothing(workdir, tmp_path, monkeypatch, cost, message):
-    monkeypatch.setattr(Evaluator, "scores", None)
-    with pytest.raises(UserError, match=message):
-        search_front(workdir, cost, **SMALL)
-
-
-def test_a_search_needs_no_more_policies_than_it_says(workdir):
-    for name in METHODS:
-        opened = open_session(workdir, method=name, **SMALL)
-        problem = opened.problem(opened.costs["bytes"])
-        found = opened.search(problem)
-        assert 0 < len(found.policies) <= opened.method(problem).evaluations(problem)
-        assert opened.about(found)["evaluations"] == len(found.policies)
-
-
-def test_a_front_that_cannot_be_written_leaves_no_folder(workdir, tmp_path, monkeypatch, capsys):
-    def full(path, content):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("bitmixer_jax.files.write_whole", full)
-    out = tmp_path / "new" / "front"
-    words = ["front", "--workdir", workdir, "--out", out, "--cost", "bytes", "--random", 2]
-    assert run(*words, "--images", 16) == 2
-    assert re.search(r"No space left on device.*make room", capsys.readouterr().err)
-    assert not out.exists()
+def test_scores_are_kept_in_the_workdir_also_where_a_folder_above_has_an_at_sign(trained, tmp_path):
+    (tmp_path / "me").mkdir()
+    workdir = shutil.copytree(trained, tmp_path / "me@home" / "run")
+    found = SearchSession(load(workdir), SearchSettings(**SMALL))
+    found.cache(np.asarray([[4] * 6], np.int32))
+    assert list((workdir / "search").iterdir())
+    assert not list((tmp_path / "me").iterdir())

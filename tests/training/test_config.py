@@ -173,7 +173,7 @@ def test_missing_setting_is_an_error_that_names_it(path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stages.mixed.quantize": "nothing"}, "float twin"),
+        ({"stages.mixed.quantize": "nothing"}, "full-precision baseline"),
         ({"stages.mixed.distill": "teacher"}, r"config\.teacher"),
         ({"stages.mixed.distill": "widest"}, "sandwich"),
         ({"optimizer.name": "adam"}, "adamw"),

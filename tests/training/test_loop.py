@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from bitmixer_jax.runs import train_and_report
 
 from bitmixer_jax.evaluation import Evaluator
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.report import report
+from bitmixer_jax.trained import load
+from bitmixer_jax.training import train
 from bitmixer_jax.training.metrics import read_metrics
 from bitmixer_jax.training.schedule import make_schedule
 
@@ -29,7 +30,7 @@ def unusual(tiny, trained_float, tmp_path_factory):
     )
     for stage in config.stages.values():
         stage.learning_rate = 1e-3
-    train_and_report(config, workdir)
+    report(train(config, workdir))
     return workdir
 
 
@@ -40,7 +41,8 @@ def test_a_run_with_every_option_ends_with_finite_losses(unusual):
 
 
 def test_layers_of_a_block_never_met_at_different_widths(unusual):
-    _, model, variables = load_trained(unusual)
+    loaded = load(unusual)
+    model, variables = loaded.model, loaded.variables
     second_of_block = [i for i, layer in enumerate(model.layers) if layer.name.endswith("conv2")]
     for i in second_of_block:
         count = np.asarray(variables["batch_stats"][model.names[i]]["conv_norm"]["count"])
@@ -49,7 +51,8 @@ def test_layers_of_a_block_never_met_at_different_widths(unusual):
 
 
 def test_evaluation_uses_the_moving_average(unusual):
-    run, model, variables = load_trained(unusual)
+    loaded = load(unusual)
+    run, model, variables = loaded.run, loaded.model, loaded.variables
     from bitmixer_jax.training.checkpoints import Checkpoints
     from bitmixer_jax.training.workdir import read_config
 
@@ -63,14 +66,15 @@ def test_evaluation_uses_the_moving_average(unusual):
 
 
 def test_the_report_names_the_float_twin(unusual):
-    assert "| float twin |" in (unusual / "report" / "README.md").read_text()
+    assert "| full-precision baseline |" in (unusual / "report" / "README.md").read_text()
 
 
 def test_images_that_do_not_fit_the_network_are_refused(trained):
     from bitmixer_jax.data import load
     from bitmixer_jax.errors import UserError
 
-    _, model, variables = load_trained(trained)
+    loaded = load(trained)
+    model, variables = loaded.model, loaded.variables
     digits = load("digits", "test[:8]")
     wide = digits.images.repeat(2, axis=1)
     bad = type(digits)(**{**vars(digits), "images": wide})

@@ -179,7 +179,7 @@ def test_never_visited_names_layer_and_widths():
     assert uncalibrated_pairs(model, stats, np.asarray([[2, 3, 4, 2, 2, 2]])) == []
 
 
-def test_starting_from_a_float_twin_spreads_its_bn_and_keeps_step_sizes():
+def test_starting_from_a_baseline_spreads_its_bn_and_keeps_step_sizes():
     model = small()
     source, target = variables_of(model.baseline(), seed=5), variables_of(model)
     plain = source["params"][model.names[1]]["conv_norm"]["scale"]

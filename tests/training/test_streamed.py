@@ -9,18 +9,19 @@ import signal
 import jax
 import numpy as np
 import pytest
-from bitmixer_jax.export.workdir import Settings as ExportSettings
-from bitmixer_jax.export.workdir import export_workdir
-from bitmixer_jax.runs import evaluate_workdir, train_and_report
-from bitmixer_jax.search.workdir import Settings, Trained
 
 from bitmixer_jax import data
 from bitmixer_jax.data import ImageReader
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.evaluation import Evaluator, random_policies
+from bitmixer_jax.evaluation import Evaluator, evaluate, random_policies, recalibrate_missing
+from bitmixer_jax.export import export_network
+from bitmixer_jax.levels import levels_of
 from bitmixer_jax.pairs import covering_policies
+from bitmixer_jax.report import report
 from bitmixer_jax.runtime import Runtime
-from bitmixer_jax.training import Interrupted, load_config, load_trained, loop, train
+from bitmixer_jax.search import SearchSession, SearchSettings
+from bitmixer_jax.trained import load
+from bitmixer_jax.training import Interrupted, load_config, loop, train
 from bitmixer_jax.training.checkpoints import Checkpoints
 from bitmixer_jax.training.config import read
 from bitmixer_jax.training.metrics import read_metrics
@@ -46,7 +47,7 @@ def configured(pictures, *settings, variant=""):
 def streamed(pictures, tmp_path_factory):
     """Workdir of a whole run, with its report."""
     workdir = tmp_path_factory.mktemp("streamed") / "run"
-    train_and_report(configured(pictures), workdir)
+    report(train(configured(pictures), workdir))
     return workdir
 
 
@@ -93,11 +94,11 @@ def test_a_stopped_run_ends_as_the_one_that_never_was(
         call = type(made).__call__
 
         class Stopping(type(made)):
-            def __call__(self, step, take):
+            def __call__(self, step, count):
                 if step == at and not raised:
                     raised.append(step)
                     signal.raise_signal(signal.SIGTERM)
-                return call(self, step, take)
+                return call(self, step, count)
 
         made.__class__ = Stopping
         return made
@@ -137,15 +138,16 @@ def test_unreadable_images_are_counted_or_fatal(pictures, tmp_path):
     with pytest.raises(UserError, match=f"1 of the 8 images of a batch .*{damaged.name}"):
         train(configured(tmp_path / "data", few), tmp_path / "fatal")
     skip = configured(tmp_path / "data", few, "stream.skip_unreadable=True")
-    train_and_report(skip, tmp_path / "run")
+    report(train(skip, tmp_path / "run"))
     last = read_metrics(tmp_path / "run", "train")[-1]
     assert last["unreadable_images"] == 1
-    found = evaluate_workdir(str(tmp_path / "run"), recalibrate_missing=True)
+    found = evaluate(recalibrate_missing(load(tmp_path / "run"))[0])
     assert found["examples"] == 8
 
 
 def test_a_stream_scores_as_the_same_images_in_memory(streamed):
-    run, model, variables = load_trained(streamed)
+    loaded = load(streamed)
+    run, model, variables = loaded.run, loaded.model, loaded.variables
     test = run.load("validation")
     policies = np.concatenate([random_policies(model, 20, 0), covering_policies(model)])
     resident = test.subset(np.arange(len(test)))
@@ -160,7 +162,8 @@ def test_a_stream_scores_as_the_same_images_in_memory(streamed):
 
 
 def test_images_are_read_once_for_all_policies(streamed, monkeypatch):
-    run, model, variables = load_trained(streamed)
+    loaded = load(streamed)
+    run, model, variables = loaded.run, loaded.model, loaded.variables
     test = run.load("validation")
     read, original = [], type(test.source).read
 
@@ -175,20 +178,20 @@ def test_images_are_read_once_for_all_policies(streamed, monkeypatch):
 
 
 def test_what_comes_after_training_takes_a_subset(streamed):
-    found = evaluate_workdir(str(streamed), recalibrate_missing=True, count_levels=True)
-    assert found["examples"] == 9
-    assert {row.bits for row in found["levels"]} == {2, 3, 4}
-    trained = Trained(str(streamed), Settings(images=10))
-    assert isinstance(trained.data, data.Dataset)
-    assert len(trained.data) == 10
+    trained, _ = recalibrate_missing(load(streamed))
+    assert evaluate(trained)["examples"] == 9
+    assert {row.bits for row in levels_of(trained)} == {2, 3, 4}
+    session = SearchSession(trained, SearchSettings(images=10))
+    assert isinstance(session.data, data.Dataset)
+    assert len(session.data) == 10
 
 
 @pytest.mark.slow
-def test_a_float_twin_starts_a_streamed_run(pictures, tmp_path):
+def test_a_baseline_starts_a_streamed_run(pictures, tmp_path):
     train(configured(pictures, variant="float"), tmp_path / "float")
     few = configured(pictures, f"init_from={tmp_path / 'float'}", "order=('weights',)")
-    train_and_report(few, tmp_path / "run")
-    assert "| float twin |" in (tmp_path / "run" / "report" / "README.md").read_text()
+    report(train(few, tmp_path / "run"))
+    assert "| full-precision baseline |" in (tmp_path / "run" / "report" / "README.md").read_text()
 
 
 def test_the_imagenet_configurations_follow_the_protocol():
@@ -253,7 +256,7 @@ def test_four_devices_train_on_the_same_batches(pictures, command, tmp_path, mon
 
 
 def test_files_are_read_as_evaluation_reads_them(streamed, pictures):
-    run, _, _ = load_trained(streamed)
+    run = load(streamed).run
     test = run.load(run.test_split)
     reader = Runtime.load(streamed, batch_size=8).reader
     assert reader.stream == test.settings
@@ -269,7 +272,7 @@ def test_a_run_from_before_the_setting_of_orientation_ignores_tags(streamed, tmp
     config = json.loads((workdir / "config.json").read_text())
     del config["stream"]["orientation"]
     (workdir / "config.json").write_text(json.dumps(config))
-    run, _, _ = load_trained(workdir)
+    run = load(workdir).run
     assert run.load(run.test_split).settings.orientation == "ignore"
     assert Runtime.load(workdir, batch_size=8).reader.stream.orientation == "ignore"
 
@@ -288,11 +291,11 @@ def test_classes_that_changed_since_the_training_are_refused(streamed, pictures,
         else:
             last.rename(split / last.name.upper())
     data_dir = str(tmp_path)
-    export = ExportSettings(format="packed", images=9, data_dir=data_dir)
+    export = dict(format="packed", images=9, data_dir=data_dir)
     for use in (
-        lambda: evaluate_workdir(streamed, data_dir=data_dir),
-        lambda: Trained(str(streamed), Settings(data_dir=data_dir)),
-        lambda: export_workdir(str(streamed), tmp_path / "net", export),
+        lambda: evaluate(streamed, data_dir=data_dir),
+        lambda: SearchSession(load(streamed), SearchSettings(data_dir=data_dir)),
+        lambda: export_network(streamed, tmp_path / "net", **export),
     ):
         with pytest.raises(UserError, match="has other classes than the network"):
             use()

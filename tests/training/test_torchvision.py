@@ -12,7 +12,8 @@ import bitmixer_jax as bm
 from bitmixer_jax import data
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training.config import read
-from bitmixer_jax.training.schedule import initial_state, make_schedule
+from bitmixer_jax.training.initial import initial_state
+from bitmixer_jax.training.schedule import make_schedule
 from bitmixer_jax.training.torchvision import load_torchvision
 
 torch = pytest.importorskip("torch")

@@ -13,9 +13,9 @@ import time
 import jax
 import pytest
 
-from bitmixer_jax.devices import local_batch_indices, local_devices
+from bitmixer_jax import distributed
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.training import hosts, load_trained
+from bitmixer_jax.trained import load
 from bitmixer_jax.training.checkpoints import digest
 
 LONG = "--config.stages.mixed.epochs=5000"
@@ -89,7 +89,7 @@ def test_two_processes_are_one_with_two_devices(start, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     assert statuses(start(two, 2, 1)) == [0, 0]
     assert statuses(start(one, 1, 2)) == [0]
-    assert digest(load_trained(two)[2]) == digest(load_trained(one)[2])
+    assert digest(load(two).variables) == digest(load(one).variables)
     assert records(two) == records(one)
     # The first process alone speaks, logs and reports.
     assert "test accuracy" in said(tmp_path, two, 0)
@@ -108,7 +108,7 @@ def test_streamed_images_of_two_processes_are_those_of_one(start, jpegs, tmp_pat
     two, one = tmp_path / "two", tmp_path / "one"
     assert statuses(start(two, 2, 1, *words, config=config)) == [0, 0]
     assert statuses(start(one, 1, 2, *words, config=config)) == [0]
-    assert digest(load_trained(two)[2]) == digest(load_trained(one)[2])
+    assert digest(load(two).variables) == digest(load(one).variables)
     # So are evaluations, where each process decodes its part of nine images, in batches of two
     # by two devices; of the last one, a single image, the second process has nothing.
     evaluations = [record for record in records(two) if record["kind"] == "evaluate"]
@@ -144,8 +144,8 @@ def test_a_killed_process_ends_the_others(start, tmp_path, lost):
     other = processes[1 - lost]
     status = other.wait(timeout=120)
     # 75, or aborted by the heartbeat where no collective was under way.
-    assert status in (hosts.LOST, -signal.SIGABRT)
-    if status == hosts.LOST:
+    assert status in (distributed.LOST, -signal.SIGABRT)
+    if status == distributed.LOST:
         assert "another one was lost" in said(tmp_path, workdir, 1 - lost)
 
 
@@ -193,17 +193,17 @@ def test_a_mistake_is_that_of_all_processes(start, tmp_path):
 )
 def test_arguments_that_do_not_go_together(arguments, says):
     with pytest.raises(UserError, match=says):
-        hosts.connect(**arguments)
+        distributed.connect(**arguments)
 
 
 def test_variables_that_are_no_numbers_are_refused(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES=two: give a whole number"):
-        hosts.connect()
+        distributed.connect()
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(UserError, match="give all three"):
-        hosts.connect()
+        distributed.connect()
 
 
 @pytest.mark.parametrize("launcher", ["variables", "slurm", "openmpi"])
@@ -227,9 +227,9 @@ def test_the_environment_tells_who_the_others_are(launcher):
         return job | {"JAX_COORDINATOR_PORT": port}
 
     code = (
-        "from bitmixer_jax.training import hosts; hosts.connect(); import jax; "
+        "from bitmixer_jax import distributed; distributed.connect(); import jax; "
         "print(jax.process_index(), jax.process_count(), "
-        "*hosts.all_reduce_max(10.0 + jax.process_index()))"
+        "*distributed.all_reduce_max(10.0 + jax.process_index()))"
     )
     processes = [
         subprocess.Popen(
@@ -249,12 +249,12 @@ def test_the_environment_tells_who_the_others_are(launcher):
 
 
 def test_one_process_needs_nobody():
-    hosts.connect(processes=1)
+    distributed.connect(processes=1)
     assert jax.process_count() == 1
-    assert hosts.is_primary()
-    assert hosts.all_reduce_max(3, 0) == (3, 0)
-    assert local_devices(jax.devices()) == jax.devices()
-    assert local_batch_indices(jax.devices(), 4).tolist() == [0, 1, 2, 3]
-    assert hosts.as_aborted(RuntimeError("Gloo all-reduce failed")) is None
+    assert distributed.is_primary()
+    assert distributed.all_reduce_max(3, 0) == (3, 0)
+    assert distributed.local_devices(jax.devices()) == jax.devices()
+    assert distributed.local_batch_indices(jax.devices(), 4).tolist() == [0, 1, 2, 3]
+    assert distributed.as_aborted(RuntimeError("Gloo all-reduce failed")) is None
     with pytest.raises(UserError, match="no"):
-        hosts.on_primary(lambda: (_ for _ in ()).throw(UserError("no")), lambda: None)
+        distributed.on_primary(lambda: (_ for _ in ()).throw(UserError("no")), lambda: None)
