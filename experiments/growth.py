@@ -1,10 +1,10 @@
-"""How the time of a training step grows: with devices, batch, width of network, choices, policies.
+"""Measures how the time of a training step grows: with devices, batch, width, choices, policies.
 
     python experiments/growth.py --out experiments/results/growth [--steps 10]
 
-Each point is a process of its own; in it the quantised step and that of the float twin take turns,
-and their ratio is what to read on a busy machine. Host devices share the cores there are: they show
-what spreading costs, not what it gains.
+Each point is a process of its own. In it, the quantised step and the step of the full-precision
+baseline take turns. On a busy machine, read their ratio. Host devices share the cores of the
+machine. So they show what spreading costs, not what it gains.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def plot(table, path):
 def main():
     """Reads the command line, measures point after point, plots; goes on where it stopped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--point", help=argparse.SUPPRESS)
     given = parser.parse_args()
