@@ -243,7 +243,7 @@ def _export(
     try:
         partial.mkdir()
         made = partial / out.name
-        engine_name, engine, tolerance = WRITERS[settings.format](network, made)
+        engine_name, engine, tolerance = _WRITERS[settings.format](network, made)
         report = verify(
             engine_name,
             network.reference,
@@ -384,7 +384,7 @@ def _stablehlo(source: _Source, path: pathlib.Path) -> tuple[str, Engine, Tolera
     return "stablehlo", StablehloRunner(path), Tolerance()
 
 
-WRITERS = {
+_WRITERS = {
     "packed": _packed,
     "onnx": _onnx,
     "pytorch": _pytorch,
