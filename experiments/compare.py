@@ -71,7 +71,7 @@ def main():
     ]
     if floats:
         blank = " | ".join([""] * (len(widths) + 2))
-        rows.append(f"| float twin: {spread(floats)} | {blank} | |")
+        rows.append(f"| full-precision baseline: {spread(floats)} | {blank} | |")
     for name, results in switchable.items():
         cells = [spread([r["uniform"][w] for r in results]) for w in widths]
         cells += [spread([r["random"][key] for r in results]) for key in ("mean", "std", "worst")]

@@ -91,7 +91,7 @@ def plot(table, path):
         for kind, color in (("layer", COLORS[0]), ("float", COLORS[1])):
             low, high = zip(*(row[f"{kind}_ms_quartiles"] for row in rows), strict=True)
             axis.fill_between(x, low, high, color=color, alpha=0.2)
-            label = "layer-wise" if kind == "layer" else "float twin"
+            label = "layer-wise" if kind == "layer" else "full-precision baseline"
             axis.plot(x, [row[f"{kind}_ms"] for row in rows], "o-", color=color, label=label)
         axis.set_xlabel(LABELS[name])
         if x[-1] > 8:  # each twice the one before

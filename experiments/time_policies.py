@@ -69,14 +69,14 @@ def main():
             elapsed = seconds(evaluator, variables, policies, given.repeats)
             rates[name] = POLICIES * images / elapsed
         evaluator = Evaluator(float_model, some, data.mean, data.std, policies=1)
-        rates["float twin"] = (
+        rates["baseline"] = (
             POLICIES * images / seconds(evaluator, float_variables, policies, given.repeats)
         )
         rows.append({"images": images, **rates, "ratio": rates["batch"] / rates["one by one"]})
         print(
             f"{images:5d} images: one by one {rates['one by one']:9.0f}, in one call "
             f"{rates['batch']:9.0f} policies x images/s, ratio {rows[-1]['ratio']:.2f}; "
-            f"float twin {rates['float twin']:9.0f}",
+            f"baseline {rates['baseline']:9.0f}",
             flush=True,
         )
     if given.json:
