@@ -302,7 +302,7 @@ def describe(model: Network, policy: Any, of: Mapping[str, Cost]) -> list[str]:
       >>> import bitmixer_jax as bm
       >>> model = bm.create_model("resnet8", num_classes=10, width=3, image_shape=(8, 8, 1))
       >>> print(describe(model, [2, 2, 2, 4, 4, 4], costs(model))[2])
-      | avg_bits | 3 bits | 75.0% | |
+      | avg_bits | 3 bits | 75.0% |  |
     """
     widths = model.space.check(policy, model.num_layers)
     widest = model.space.uniform(model.space.widest, model.num_layers)

@@ -178,9 +178,7 @@ def load_front(
     path, content = read_document(path, "front", FRONT_FORMAT, FRONT_VERSION)
     for key, expected in (("choices", list(space.choices)), ("layers", list(names))):
         if content.get(key) != expected:
-            raise UserError(
-                f"{path}: made for another network: its {key} differ", "other-network"
-            )
+            raise UserError(f"{path}: made for another network: its {key} differ", "other-network")
     content = deprecated.new_keys(content, {"network": "weights_digest"})
     if weights_digest is not None and content.get("weights_digest") != weights_digest:
         raise UserError(
