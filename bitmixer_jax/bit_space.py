@@ -57,8 +57,7 @@ class BitSpace:
         if choices[0] == 1:
             raise UserError(
                 f"bit-widths: got {choices}; 1 bit needs a sign quantiser, which is not built yet: "
-                "start at 2",
-                "bad-value",
+                "start at 2"
             )
         object.__setattr__(self, "choices", tuple(int(c) for c in choices))
 

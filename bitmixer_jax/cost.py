@@ -146,19 +146,19 @@ def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str
     )[:, None]
     planes = np.asarray([model.quant.quantizer.planes(b, model.space) for b in model.space.choices])
     inputs = np.asarray([math.prod(layer.input) for layer in layers], np.float64)[:, None]
-    end_bits = 8 if model.first_last_layers == "int8" else 32
-    end_weights = model.stem_conv.params + model.features * model.num_classes
-    end_macs = model.stem_conv.macs + model.features * model.num_classes
-    end_inputs = math.prod(model.image_shape) + model.features
-    end_bytes = end_weights * end_bits / 8 + 4 * model.num_classes
-    end_input_bytes = math.ceil(end_inputs * end_bits / 8)
+    first_last_bits = 8 if model.first_last_layers == "int8" else 32
+    first_last_weights = model.stem_conv.params + model.features * model.num_classes
+    first_last_macs = model.stem_conv.macs + model.features * model.num_classes
+    first_last_inputs = math.prod(model.image_shape) + model.features
+    first_last_bytes = first_last_weights * first_last_bits / 8 + 4 * model.num_classes
+    first_last_input_bytes = math.ceil(first_last_inputs * first_last_bits / 8)
     # name: unit, table, divisor, what the first and last layers add
     tables = {
         "avg_bits": ("bits", np.tile(bits, (len(layers), 1)), len(layers), 0.0),
         "avg_weight_bits": ("bits", weights * bits, weights.sum(), 0.0),
-        "bitops": ("BitOPs", macs * bits**2, 1.0, end_macs * end_bits**2),
-        "bytes": ("bytes", plane_bytes * planes, 1.0, end_bytes),
-        "activation_bytes": ("bytes", np.ceil(inputs * bits / 8), 1.0, end_input_bytes),
+        "bitops": ("BitOPs", macs * bits**2, 1.0, first_last_macs * first_last_bits**2),
+        "bytes": ("bytes", plane_bytes * planes, 1.0, first_last_bytes),
+        "activation_bytes": ("bytes", np.ceil(inputs * bits / 8), 1.0, first_last_input_bytes),
     }
     by_name = {
         name: Cost(

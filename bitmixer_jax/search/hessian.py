@@ -120,10 +120,11 @@ def sensitivity(
     for group, layer in zip(problem.groups, model.layers, strict=True):
         for kernel in layer.kernels:
             params = variables["params"][layer.name][kernel.name]
+            w, step_sizes = params["kernel"], params["step"]
             weights = []
             for choice in range(space.n):
-                codes, step = quantizer.quantize(params["kernel"], params["step"], choice, space)
-                weights.append(np.asarray(codes * step, np.float64))
-            change = np.asarray([((w - weights[-1]) ** 2).mean() for w in weights])
+                codes, step_size = quantizer.quantize(w, step_sizes, choice, space)
+                weights.append(np.asarray(codes * step_size, np.float64))
+            change = np.asarray([((v - weights[-1]) ** 2).mean() for v in weights])
             table[group] += 0.5 * max(by_layer[layer.name][kernel.name], 0.0) * change
     return table

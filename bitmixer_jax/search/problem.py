@@ -66,8 +66,7 @@ def parse_budget(texts: Sequence[str], costs: Mapping[str, Cost]) -> tuple[Const
         if name not in costs:
             if name == "latency_ms":
                 raise UserError(
-                    "budget latency_ms: give a latency file with the measured times",
-                    "missing-value",
+                    "budget latency_ms: give a latency file with measured times", "missing-value"
                 )
             raise UserError(
                 f"budget: unknown cost {name!r}{closest(name, list(costs))}"

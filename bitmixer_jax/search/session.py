@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ from bitmixer_jax.trained import Trained, load
 # Called with the number of policies evaluated, the most that there will be, and the least loss
 # within the budget so far.
 OnScores = Callable[[int, int, float], Any]
-_HESSIAN_IMAGES = 512  # more need more memory, and the noise of the random signs remains
+_HESSIAN_IMAGES = 512  # second derivatives keep the activations of all images in memory
 
 
 class SearchSession:
@@ -57,9 +57,8 @@ class SearchSession:
 
     Examples:
       >>> import bitmixer_jax as bm
-      >>> session = SearchSession(
-      ...     bm.load("runs/digits"), SearchSettings(method="ilp")
-      ... )  # doctest: +SKIP
+      >>> trained = bm.load("runs/digits")  # doctest: +SKIP
+      >>> session = SearchSession(trained, SearchSettings(method="ilp"))  # doctest: +SKIP
       >>> problem = session.problem(session.costs["bitops"]).within(6e6)  # doctest: +SKIP
       >>> session.search(problem).best().widths  # doctest: +SKIP
     """
@@ -170,15 +169,12 @@ class SearchSession:
             self.seconds = method_seconds + self.cache.seconds - before
             return result
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other processes from using the file of scores."""
         if self._file is None:
-            yield
-            return
+            return contextlib.nullcontext()
         lock = self._file.with_name(f".{self._file.name}.lock")
-        with hold(lock, f"search scores {self._file}"):
-            yield
+        return hold(lock, f"search scores {self._file}")
 
     def about(self, result: SearchResult) -> dict[str, Any]:
         """Returns how a result was found, as JSON values for a policy file or a front file."""
@@ -296,7 +292,7 @@ def search_policy(
     Reference: Bulat and Tzimiropoulos, Bit-Mixer, ICCV 2021 (greedy); Yao et al., HAWQ-V3, ICML
     2021 (ilp).
     """
-    checked = SearchSettings(**settings)
+    checked = SearchSettings(**settings)  # a mistake is found before the network is loaded
     session = SearchSession(load(source), checked)
     model, space = session.trained.model, session.trained.model.space
     texts = [budget] if isinstance(budget, str) else budget
@@ -350,7 +346,7 @@ def search_front(
 
     Reference: Deb et al., NSGA-II, IEEE Transactions on Evolutionary Computation, 2002 (evolution).
     """
-    checked = SearchSettings(**settings)
+    checked = SearchSettings(**settings)  # a mistake is found before the network is loaded
     session = SearchSession(load(source), checked)
     model, space = session.trained.model, session.trained.model.space
     if cost not in session.costs:
