@@ -228,7 +228,7 @@ def test_nothing_within_the_budget_is_said_with_a_way_out():
             yield problem.widest[None]
 
     found = search(problem_of([("avg_bits", 3)]), Widest(), Additive())
-    with pytest.raises(bm.UserError, match="fits the budget; try --method ilp"):
+    with pytest.raises(bm.UserError, match="fits the budget; try method ilp"):
         found.best()
 
 
