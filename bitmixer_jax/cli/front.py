@@ -1,4 +1,4 @@
-"""bitmixer front: the best policies over the whole range of a cost."""
+"""bitmixer front: finds the best policies over the whole range of a cost."""
 
 from __future__ import annotations
 
@@ -25,23 +25,21 @@ def add(command: AddCommand) -> None:
         type=count,
         default=100,
         metavar="N",
-        help="random policies to draw beside it (default 100)",
+        help="random policies to plot beside the front (default 100)",
     )
     add_out(front, "folder for front.json, front.png and widths.png")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Searches, writes front.json and two plots, prints a table."""
-    from bitmixer_jax.files import check_folder, check_free
+    """Searches, writes front.json and two plots, and prints a table."""
+    from bitmixer_jax.files import check_new
     from bitmixer_jax.search import search_front
     from bitmixer_jax.search.describe import describe_front
     from bitmixer_jax.search.plots import write_front
 
     out = arguments.out
-    check_folder(out, "--out")
-    if out.exists():
-        for name in ("front.json", "front.png", "widths.png"):
-            check_free(out / name, arguments.overwrite, "--out")
+    for name in ("front.json", "front.png", "widths.png"):
+        check_new(out / name, "--out", overwrite=arguments.overwrite, parents=True)
     with search_bar() as on_scores:
         front, session = search_front(
             arguments.workdir,

@@ -16,11 +16,15 @@ def add(command: AddCommand) -> None:
         "bitmixer predict --model digits.packed --policy 3 photo.png",
     )
     predict.add_argument(
-        "--model", required=True, help="a packed file, an .onnx file, or the folder of a run"
+        "--model", required=True, help="packed file, ONNX file (.onnx), or folder of a run"
     )
-    add_policy(predict, "as of evaluate (default: the widest width)", default="")
+    add_policy(
+        predict,
+        "a width (3), one per layer (4,3,2,...), or a policy file (default: widest width)",
+        default="",
+    )
     predict.add_argument(
-        "--top", type=count, default=5, metavar="K", help="classes to print (default 5)"
+        "--top", type=count, default=5, metavar="K", help="number of classes to print (default 5)"
     )
     predict.add_argument("images", nargs="+", type=path, metavar="IMAGE")
 
@@ -30,14 +34,14 @@ def run(arguments: argparse.Namespace) -> int:
     from bitmixer_jax.errors import one_line
     from bitmixer_jax.predict import predict_files
 
-    found = predict_files(
+    predictions = predict_files(
         arguments.model,
         arguments.images,
         arguments.policy or None,
         changes_of(arguments),
         arguments.top,
     )
-    for file, classes in found:
-        named = ", ".join(f"{name} {100 * share:.1f}%" for name, share in classes)
-        print(f"{one_line(file)}: {named}")
+    for file, classes in predictions:
+        text = ", ".join(f"{name} {100 * probability:.1f}%" for name, probability in classes)
+        print(f"{one_line(file)}: {text}")
     return 0
