@@ -1,4 +1,8 @@
-"""Checks of untrusted zip archives: their parts must be stored without compression."""
+"""Checks zip archives from other people before they are read.
+
+A small compressed archive can hold terabytes. PyTorch and this library write their archives without
+compression, so compressed ones are refused.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ import zipfile
 import zlib
 from typing import BinaryIO
 
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, reason
 
+# What `zipfile` raises for damaged archives, and not only the first of them.
 _BROKEN = (
     *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError),
     *(EOFError, KeyError, OverflowError, AttributeError, IndexError, TypeError),
@@ -17,33 +22,44 @@ _BROKEN = (
 
 
 def refuse_bombs(path: pathlib.Path, file: BinaryIO) -> None:
-    """Refuses a zip archive whose parts are larger than the archive. Other files pass.
+    """Checks that the parts of a zip archive are not larger than the archive.
 
-    Afterwards the file is at its start.
+    A file that is not a zip archive passes: the function that reads it says what is wrong.
+
+    Args:
+      path: of the file, for messages.
+      file: the open file. It is at its start afterwards.
 
     Raises:
-      UserError: the archive is compressed, or says sizes that it cannot hold.
+      UserError: the parts are larger, so the archive is compressed or damaged.
     """
     size = os.fstat(file.fileno()).st_size
     try:
         with zipfile.ZipFile(file) as archive:
-            held = sum(part.file_size for part in archive.infolist())
-    except _BROKEN:  # not a zip archive: whoever reads it says so
-        held = 0
+            unpacked = sum(part.file_size for part in archive.infolist())
+    except _BROKEN:
+        unpacked = 0
     file.seek(0)
-    if held > size:
+    if unpacked > size:
         raise UserError(
-            f"{path}: the archive has {size:,} bytes but its parts claim {held:,}: it is "
+            f"{path}: the archive has {size:,} bytes, but its parts have {unpacked:,}: it is "
             "compressed or damaged; save it again without compression",
             "damaged",
         )
 
 
 def read_parts(file: BinaryIO, names: tuple[str, ...]) -> list[bytes]:
-    """Reads parts of a zip archive that is not compressed; their checksums are verified.
+    """Reads the parts of a zip archive that is not compressed, and checks their checksums.
+
+    Args:
+      file: the open archive.
+      names: of its parts; the archive must hold these and no others.
+
+    Returns:
+      the content of each part, in the order of ``names``.
 
     Raises:
-      ValueError: it is no zip archive, is compressed, has other parts, or is damaged.
+      ValueError: it is not a zip archive, is compressed, has other parts, or is damaged.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -55,4 +71,4 @@ def read_parts(file: BinaryIO, names: tuple[str, ...]) -> list[bytes]:
                     raise ValueError(f"{name} is compressed")
             return [archive.read(name) for name in names]
     except _BROKEN as error:
-        raise ValueError(str(error).partition("\n")[0]) from None
+        raise ValueError(reason(error)) from None
