@@ -126,37 +126,36 @@ def _run(argv: Sequence[str] | None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         return arguments.run(arguments)
-    except UserError as error:
-        flag = _FLAGS.get(error.code, "")
-        hint = f" (--{flag})" if getattr(arguments, flag, None) is False else ""
-        print(f"bitmixer: {one_line(error)}{hint}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("bitmixer: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+    except UserError as error:
+        flag = _FLAGS.get(error.code, "")
+        text = f"{error} (--{flag})" if getattr(arguments, flag, None) is False else str(error)
     except (OSError, MemoryError) as error:
-        print(f"bitmixer: {one_line(_machine_error(error))}", file=sys.stderr)
-        return 2
+        text = _machine_error(error)
     except (RuntimeError, AssertionError) as error:
-        if (text := _backend_error(error)) is None:
+        text = _backend_error(error)
+        if not text:
             raise
-        print(f"bitmixer: {one_line(text)}", file=sys.stderr)
-        return 2
+    print(f"bitmixer: {one_line(text)}", file=sys.stderr)
+    return 2
 
 
-def _backend_error(error: RuntimeError | AssertionError) -> str | None:
-    """Returns a line if JAX or a thread cannot start; None for any other error."""
+def _backend_error(error: RuntimeError | AssertionError) -> str:
+    """Returns a line if JAX or a thread cannot start, and "" for any other error."""
     if "can't start new thread" in str(error):
         return "no more threads can be started; allow this process more memory and threads"
     import jax
 
+    from bitmixer_jax.errors import reason
+
     try:
         jax.devices()
     except Exception as cause:  # JAX raises several types, one of them without a text
-        lines = str(cause).splitlines() or ["no such devices"]
         platforms = os.environ.get("JAX_PLATFORMS", "")
-        return f"JAX cannot start: {lines[0]} (the environment has JAX_PLATFORMS={platforms})"
-    return None
+        return f"JAX cannot start: {reason(cause)} (the environment has JAX_PLATFORMS={platforms})"
+    return ""
 
 
 def _machine_error(error: OSError | MemoryError) -> str:
@@ -166,6 +165,4 @@ def _machine_error(error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return "memory ran out; allow this process more memory, or do less at a time"
     named = f"{error.filename}: " if error.filename else ""
-    return (
-        f"{named}{reason(error)}; check paths, permissions, free space and limits of this process"
-    )
+    return f"{named}{reason(error)}; check paths, permissions, free space and process limits"

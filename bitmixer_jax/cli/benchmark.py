@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bitmixer_jax.cli.common import AddCommand, add_json, check_json, count, write_json
+from bitmixer_jax.cli.common import AddCommand, add_count, add_json, check_json, write_json
 
 
 def add(command: AddCommand) -> None:
@@ -18,15 +18,8 @@ def add(command: AddCommand) -> None:
     benchmark.add_argument(
         "--model", default="resnet20", help="name of the network (default resnet20)"
     )
-    benchmark.add_argument(
-        "--batch_size",
-        type=count,
-        default=128,
-        help="images in a batch, over all devices (default 128)",
-    )
-    benchmark.add_argument(
-        "--steps", type=count, default=20, help="number of timed steps of each kind (default 20)"
-    )
+    add_count(benchmark, "--batch_size", 128, "images in a batch, over all devices")
+    add_count(benchmark, "--steps", 20, "timed steps of each kind")
     benchmark.add_argument(
         "--compute_dtype", default="float32", help="float32 (default) or bfloat16"
     )

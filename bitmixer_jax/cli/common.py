@@ -74,6 +74,17 @@ def seed(text: str) -> int:
     return number
 
 
+def add_count(command: argparse.ArgumentParser, flag: str, default: int, help: str) -> None:
+    """Adds a flag for a number of things to make."""
+    help = f"{help} (default {default})"
+    command.add_argument(flag, type=count, default=default, metavar="N", help=help)
+
+
+def add_seed(command: argparse.ArgumentParser, of: str) -> None:
+    """Adds --seed."""
+    command.add_argument("--seed", type=seed, default=0, help=f"seed of {of} (default 0)")
+
+
 def add_workdir(command: argparse.ArgumentParser) -> None:
     """Adds --workdir."""
     command.add_argument(
@@ -96,8 +107,20 @@ def add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", type=path, metavar="FILE", help="write the result to this file")
 
 
-def add_policy(command: argparse.ArgumentParser, help: str, default: str | None = None) -> None:
-    """Adds --policy, and --set to change some of its layers."""
+def add_policy(
+    command: argparse.ArgumentParser,
+    help: str = "a width (3), one per layer (4,3,2,...), or a policy file",
+    default: str | None = None,
+) -> None:
+    """Adds --policy, and --set to change some of its layers.
+
+    Args:
+      command: the parser of the command.
+      help: what the policy is for.
+      default: None: --set needs --policy; "": without --policy --set changes the widest policy.
+    """
+    if default == "":
+        help += " (default: the widest width)"
     command.add_argument("--policy", default=default, help=help)
     command.add_argument(
         "--set",

@@ -25,11 +25,7 @@ def add(command: AddCommand) -> None:
     network = cost.add_mutually_exclusive_group(required=True)
     network.add_argument("--workdir", metavar="DIR[@STAGE]", help="folder of a run")
     network.add_argument("--model", help="name of a network, such as resnet18")
-    add_policy(
-        cost,
-        "a width (3), one per layer (4,3,2,...), or a policy file (default: widest width)",
-        default="",
-    )
+    add_policy(cost, default="")
     add_latency(cost)
     add_out(cost, "policy file to write", required=False)
 
@@ -50,9 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         model = create_model(arguments.model, num_classes=10)
         if model.image_shape[0] != 32:
             model = create_model(arguments.model, num_classes=1000)
-    policy = as_policy(
-        arguments.policy or model.space.widest, model.names, model.space, changes_of(arguments)
-    )
+    policy = arguments.policy or model.space.widest
+    policy = as_policy(policy, model.names, model.space, changes_of(arguments))
     print(f"policy {','.join(map(str, policy))}")
     print_markdown(describe(model, policy, costs(model, arguments.latency)))
     if arguments.out is not None:

@@ -7,16 +7,16 @@ from typing import Any
 
 from bitmixer_jax.cli.common import (
     AddCommand,
+    add_count,
     add_data_dir,
     add_json,
     add_policy,
+    add_seed,
     add_workdir,
     changes_of,
     check_json,
-    count,
     print_markdown,
     progress_bar,
-    seed,
     write_json,
 )
 
@@ -30,13 +30,9 @@ def add(command: AddCommand) -> None:
         "bitmixer evaluate --workdir runs/digits --random 100 --policy 4,3,2,2,3,4 --json out.json",
     )
     add_workdir(evaluate)
-    add_policy(evaluate, "a width (3), one per layer (4,3,2,...), or a policy file")
-    evaluate.add_argument(
-        "--random", type=count, default=0, metavar="N", help="number of random policies (default 0)"
-    )
-    evaluate.add_argument(
-        "--seed", type=seed, default=0, help="seed of the random policies (default 0)"
-    )
+    add_policy(evaluate)
+    add_count(evaluate, "--random", 0, "number of random policies")
+    add_seed(evaluate, "the random policies")
     evaluate.add_argument("--no-uniform", action="store_true", help="skip the uniform widths")
     evaluate.add_argument(
         "--levels", action="store_true", help="count the quantisation levels that each layer uses"

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from bitmixer_jax.cli.common import (
     AddCommand,
     RenamedFlag,
+    add_count,
     add_data_dir,
     add_out,
     add_policy,
+    add_seed,
     add_workdir,
     changes_of,
-    count,
     print_markdown,
-    seed,
 )
 
 if TYPE_CHECKING:
@@ -56,23 +56,9 @@ def add(command: AddCommand) -> None:
     )
     export.add_argument("--carrier", action=RenamedFlag, new="--storage_dtype")
     export.add_argument("--tables", action=RenamedFlag, new="--norm_dtype")
-    export.add_argument(
-        "--images",
-        type=count,
-        default=500,
-        metavar="N",
-        help="test images to verify on (default 500)",
-    )
-    export.add_argument(
-        "--random",
-        type=count,
-        default=10,
-        metavar="N",
-        help="random policies to verify (default 10)",
-    )
-    export.add_argument(
-        "--seed", type=seed, default=0, help="seed of the random policies (default 0)"
-    )
+    add_count(export, "--images", 500, "test images to verify on")
+    add_count(export, "--random", 10, "random policies to verify")
+    add_seed(export, "the random policies")
     add_data_dir(export)
     add_out(export, "file to write; for pytorch a folder")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bitmixer_jax.cli.common import AddCommand, add_out, count, print_markdown, search_bar
+from bitmixer_jax.cli.common import AddCommand, add_count, add_out, print_markdown, search_bar
 from bitmixer_jax.cli.search import add_settings, settings_of
 
 
@@ -20,13 +20,7 @@ def add(command: AddCommand) -> None:
     front.add_argument(
         "--cost", default="bitops", help="avg_bits, bitops (default), bytes, latency_ms, ..."
     )
-    front.add_argument(
-        "--random",
-        type=count,
-        default=100,
-        metavar="N",
-        help="random policies to plot beside the front (default 100)",
-    )
+    add_count(front, "--random", 100, "random policies to plot beside the front")
     add_out(front, "folder for front.json, front.png and widths.png")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bitmixer_jax.cli.common import AddCommand, add_policy, changes_of, count, path
+from bitmixer_jax.cli.common import AddCommand, add_count, add_policy, changes_of, path
 
 
 def add(command: AddCommand) -> None:
@@ -18,14 +18,8 @@ def add(command: AddCommand) -> None:
     predict.add_argument(
         "--model", required=True, help="packed file, ONNX file (.onnx), or folder of a run"
     )
-    add_policy(
-        predict,
-        "a width (3), one per layer (4,3,2,...), or a policy file (default: widest width)",
-        default="",
-    )
-    predict.add_argument(
-        "--top", type=count, default=5, metavar="K", help="number of classes to print (default 5)"
-    )
+    add_policy(predict, default="")
+    add_count(predict, "--top", 5, "number of classes to print")
     predict.add_argument("images", nargs="+", type=path, metavar="IMAGE")
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from bitmixer_jax.cli.common import (
     AddCommand,
+    add_count,
     add_data_dir,
     add_latency,
     add_out,
+    add_seed,
     add_workdir,
-    count,
     print_markdown,
     search_bar,
-    seed,
 )
 
 
@@ -45,32 +45,18 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--method", default="greedy", help="greedy (default), ilp, evolution or random"
     )
-    command.add_argument(
-        "--seed", type=seed, default=0, help="seed of the images and the method (default 0)"
-    )
-    command.add_argument(
-        "--evaluations",
-        type=count,
-        default=512,
-        metavar="N",
-        help="number of policies that evolution and random evaluate (default 512)",
-    )
+    add_seed(command, "the images and of the method")
+    add_count(command, "--evaluations", 512, "policies that evolution and random evaluate")
     command.add_argument(
         "--sensitivity",
         default="measured",
         help="for ilp: measured (default), or hessian (from second derivatives)",
     )
-    command.add_argument(
-        "--images",
-        type=count,
-        default=2000,
-        metavar="N",
-        help="number of images that a policy is scored on (default 2000)",
-    )
+    add_count(command, "--images", 2000, "images that a policy is scored on")
     command.add_argument(
         "--split",
         default="",
-        help="split of these images (default: training images that training left out, if any)",
+        help="split of these images (default: the part that training did not use, if any)",
     )
     add_data_dir(command)
     add_latency(command)
