@@ -74,7 +74,7 @@ def benchmark(
     images = rng.integers(0, 256, (batch_size, *model.image_shape), np.uint8)
     labels = rng.integers(0, 10, batch_size, np.int32)
     data = replicate({"image": images, "label": labels}, devices)
-    rows = np.arange(batch_size, dtype=np.int32)[None]
+    indices = np.arange(batch_size, dtype=np.int32)[None]  # of the images of each step: one step
     result: dict[str, Any] = {
         "model": name,
         "batch_size": batch_size,
@@ -96,11 +96,11 @@ def benchmark(
         calls.append((figures, call))
 
     for kind, stage in KINDS.items():
-        training = _Training(*prepare_step(model, stage, batch_size, devices), data, rows)
+        training = _Training(*prepare_step(model, stage, batch_size, devices), data, indices)
         figures: dict[str, Any] = {}
         result["steps"][kind] = figures
         add(figures, training)
-        figures["memory_bytes"] = training.step.memory(training.state, data, rows)
+        figures["memory_bytes"] = training.step.memory(training.state, data, indices)
     examples = Dataset(
         name, "benchmark", images, labels, tuple("0123456789"), *_moments(model.image_shape[-1])
     )
@@ -115,9 +115,9 @@ def benchmark(
             call()
             seconds.append(time.perf_counter() - begun)
     for seconds, (figures, _) in zip(times, calls, strict=True):
-        middle = float(np.median(seconds))
-        figures["milliseconds"] = 1e3 * middle
-        figures["images_per_second"] = batch_size / middle
+        median = float(np.median(seconds))
+        figures["milliseconds"] = 1e3 * median
+        figures["images_per_second"] = batch_size / median
     for part in ("steps", "evaluation"):
         base = result[part]["float"]
         for figures in result[part].values():
@@ -130,8 +130,8 @@ def benchmark(
 class _Training:
     """Does the next training step with each call."""
 
-    def __init__(self, step: ParallelStep, state: TrainState, data: Any, rows: np.ndarray):
-        self.step, self.state, self._arguments = step, state, (data, rows)
+    def __init__(self, step: ParallelStep, state: TrainState, data: Any, indices: np.ndarray):
+        self.step, self.state, self._arguments = step, state, (data, indices)
 
     def __call__(self) -> None:
         self.state, _ = jax.block_until_ready(self.step(self.state, *self._arguments))
@@ -145,10 +145,8 @@ def _evaluation(model: Network, examples: Dataset, devices: list[Any]) -> Callab
     # The Evaluator refuses pairs of widths without statistics. For a timing any statistics will do.
     stats = jax.tree.map(lambda s: jnp.maximum(s, 1), variables["batch_stats"])
     variables = replicate({"params": variables["params"], "batch_stats": stats}, devices)
-    each = -(-len(examples) // len(devices))
-    evaluator = Evaluator(
-        model, examples, examples.mean, examples.std, devices, batch_size=each, policies=1
-    )
+    size = -(-len(examples) // len(devices))
+    evaluator = Evaluator(model, examples, examples.mean, examples.std, devices, size, policies=1)
     policy = random_policies(model, 1, 0) if model.quant.space else np.zeros((1, 0), np.int32)
     return lambda: evaluator.top1(variables, policy)
 
@@ -159,8 +157,9 @@ def _augmentation(images: np.ndarray) -> Callable[[], Any]:
 
     @jax.jit
     def run(key: jax.Array, images: jax.Array) -> jax.Array:
-        rows = jnp.arange(len(images))
-        return normalize(augment(key, images[rows], pad=4, flip=True), mean, std)
+        # The training step also gathers its images by their indices.
+        batch = images[jnp.arange(len(images))]
+        return normalize(augment(key, batch, pad=4, flip=True), mean, std)
 
     placed = jax.device_put(images)
     return lambda: jax.block_until_ready(run(jax.random.key(0), placed))

@@ -99,32 +99,29 @@ def write_report(
       >>> write_report(trained, bm.evaluate(trained, random=100))  # doctest: +SKIP
     """
     folder = trained.folder / "report"
+    plots = ["curves.png"]
     try:
-        _write(folder, trained, result, baseline_top1)
+        folder.mkdir(exist_ok=True)
+        write_whole(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        plot_curves(folder / "curves.png", trained.folder)
+        if "uniform" in result:
+            plot_accuracy(folder / "accuracy.png", {"": result}, baseline_top1)
+            plot_visits(folder / "pairs.png", trained.model, trained.variables["batch_stats"])
+            plots += ["accuracy.png", "pairs.png"]
+        lines = _summary(trained, table(result, baseline_top1))
+        lines += [f"![{plot.removesuffix('.png')}]({plot})" for plot in plots]
+        write_whole(folder / "README.md", "\n".join(lines) + "\n")
     except OSError as error:
         raise cannot_write(folder, error) from None
 
 
-def _write(
-    folder: pathlib.Path,
-    trained: Trained,
-    result: Mapping[str, Any],
-    baseline_top1: float | None,
-) -> None:
-    """Writes the files of the report. Raises OSError."""
+def _summary(trained: Trained, accuracies: list[str]) -> list[str]:
+    """Returns the lines of README.md before the plots."""
     config = trained.config
-    folder.mkdir(exist_ok=True)
-    write_whole(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    plots = ["curves.png"]
-    plot_curves(folder / "curves.png", trained.folder)
-    if "uniform" in result:
-        plot_accuracy(folder / "accuracy.png", {"": result}, baseline_top1)
-        plot_visits(folder / "pairs.png", trained.model, trained.variables["batch_stats"])
-        plots += ["accuracy.png", "pairs.png"]
-    lines = [
+    return [
         f"# {config['model']['name']} on {config['dataset']}",
         "",
-        *table(result, baseline_top1),
+        *accuracies,
         "",
         "| stage | epochs | quantised | widths | learning rate |",
         "|---|---|---|---|---|",
@@ -136,9 +133,7 @@ def _write(
         "",
         f"Seed {config['seed']}, batch {config['batch_size']}.",
         "",
-        *(f"![{plot.removesuffix('.png')}]({plot})" for plot in plots),
     ]
-    write_whole(folder / "README.md", "\n".join(lines) + "\n")
 
 
 def table(result: Mapping[str, Any], baseline_top1: float | None = None) -> list[str]:
