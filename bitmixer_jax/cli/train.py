@@ -27,7 +27,7 @@ def add(command: AddCommand) -> None:
     train.add_argument("--config.NAME", metavar="VALUE", help="change a setting (repeatable)")
     many = train.add_argument_group(
         "several processes",
-        "not needed on TPU pods, SLURM and Open MPI, where JAX finds the processes; see docs/scaling.md",
+        "not needed on TPU pods, SLURM and Open MPI, where JAX finds them; see docs/scaling.md",
     )
     many.add_argument("--coordinator", metavar="HOST:PORT", help="address of the first process")
     many.add_argument("--processes", type=count, metavar="N", help="number of processes")
