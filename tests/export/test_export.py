@@ -115,13 +115,13 @@ def test_what_is_there_is_kept_unless_told(trained, tmp_path):
     [
         (dict(format="tflite"), "unknown"),
         (dict(format="onyx"), "did you mean onnx"),
-        (dict(format="packed", policy="3"), "policy 3: of format onnx alone"),
+        (dict(format="packed", policy="3"), "policy 3: only for format onnx"),
         (dict(format="onnx", storage_dtype="int4"), "give a policy"),
         (dict(format="onnx", fast=True), "fast.*give a policy"),
-        (dict(format="packed", fast=True), "fast.*of one policy alone"),
+        (dict(format="packed", fast=True), "fast.*one policy"),
         (dict(format="onnx", policy="3", fast=True, storage_dtype="int4"), "only int8 is fast"),
-        (dict(format="onnx", norm_dtype="float16"), "of format packed alone"),
-        (dict(format="onnx", changes={"a": 2}), "changes of widths: of a policy"),
+        (dict(format="onnx", norm_dtype="float16"), "only for format packed"),
+        (dict(format="onnx", changes={"a": 2}), "changes of widths need a policy"),
         (dict(format="packed", images=0), "images 0"),
     ],
 )
