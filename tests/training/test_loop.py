@@ -33,8 +33,6 @@ def unusual(tiny, trained_float, tmp_path_factory):
         "stages.mixed.epochs=4.0",
         "stages.mixed.learning_rate=1e-3",
     )
-    for stage in config.stages.values():
-        stage.learning_rate = 1e-3
     report(train(config, workdir))
     return workdir
 
