@@ -21,6 +21,12 @@ def refused(code, *mentions, kind=UserError):
         yield caught
     message = str(caught.value)
     assert caught.value.code == code, message
-    assert len(message.splitlines()) == 1, message
+    check_line(message, *mentions)
+
+
+def check_line(text, *mentions, start=""):
+    """Checks that a text is one line that begins with ``start`` and holds ``mentions``."""
+    assert len(text.splitlines()) == 1, text
+    assert text.startswith(start), text
     for mention in mentions:
-        assert str(mention) in message, message
+        assert str(mention) in text, text

@@ -160,7 +160,7 @@ def _find_imagenet(folder: pathlib.Path, folders: list[pathlib.Path]) -> str:
         raise UserError(
             f"data set imagenet is there twice: {records} and {images}; set config.dataset to "
             "tfds:imagenet2012 or to folder:imagenet",
-            "no-data",
+            "conflict",
         )
     if records is None and not images.is_dir():
         raise UserError(

@@ -42,7 +42,7 @@ def find_images(folder: str | pathlib.Path) -> list[pathlib.Path]:
         )
     except OSError as error:
         message = f"{one_line(folder)}: not a folder of images ({reason(error)})"
-        raise UserError(message) from None
+        raise UserError(message, "bad-path") from None
     if not found:
         suffixes = ", ".join(SUFFIXES)
         raise UserError(f"{one_line(folder)}: no images there; they end with {suffixes}", "no-data")
@@ -194,4 +194,4 @@ def _read(path: str | pathlib.Path, read: Callable[[bytes], np.ndarray]) -> np.n
         raise
     except Exception as error:  # a damaged image may raise nearly anything
         message = f"{one_line(path)}: not an image that can be read ({reason(error)})"
-        raise UserError(message) from None
+        raise UserError(message, "bad-image") from None

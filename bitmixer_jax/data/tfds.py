@@ -171,7 +171,7 @@ def _chunks(
             raise UserError(
                 f"{folder} {part}: examples {first} to {last} cannot be read ({reason(error)}); "
                 "prepare it again",
-                "not-readable",
+                "damaged",
             ) from None
         shapes = {example["image"].shape for example in examples}
         shape = shape or next(iter(shapes))

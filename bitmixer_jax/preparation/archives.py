@@ -124,7 +124,7 @@ def _open_folder(
             return _unzip(path.name, read_bytes(path, MAX_FILE_BYTES))
         except _READ_ERRORS as error:
             message = f"{path} cannot be read, it is damaged or truncated: {reason(error)}"
-            raise UserError(message) from error
+            raise UserError(message, "damaged") from error
 
     return fmt, Files(str(folder), read)
 

@@ -52,7 +52,9 @@ def write_records(source: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
             f"{source}: an archive is truncated or wrong: {reason(error)}", "damaged"
         ) from error
     except OSError as error:
-        raise UserError(f"cannot prepare {target} from {source}: {error}") from error
+        raise UserError(
+            f"cannot prepare {target} from {source}: {error}", "not-writable"
+        ) from error
     return target
 
 
@@ -86,7 +88,7 @@ def images_of_archives(source: pathlib.Path) -> tuple[tuple[str, ...], Splits]:
     """
     for name in (TRAIN_TAR, VALIDATION_TAR):
         if not (source / name).is_file():
-            raise UserError(f"{source}: {name} is missing; both archives are needed", "damaged")
+            raise UserError(f"{source}: {name} is missing; both archives are needed", "no-data")
     classes, of_validation = published_labels()
     with tarfile.open(source / TRAIN_TAR) as outer:
         missing = sorted({f"{name}.tar" for name in classes} - {*outer.getnames()})

@@ -63,7 +63,7 @@ def read_batch(data: bytes, where: str) -> Any:
         return _run(data)
     except Exception as error:  # a damaged pickle may raise nearly anything
         message = f"{where} is damaged or not a batch of CIFAR-10: {reason(error)}"
-        raise UserError(message) from None
+        raise UserError(message, "damaged") from None
 
 
 def _run(data: bytes) -> Any:
