@@ -1,6 +1,6 @@
-"""Names that were changed after version 0.1. The old ones work in 0.2, with a DeprecationWarning.
+"""Names that changed after version 0.1. The old names work in 0.2, with a DeprecationWarning.
 
-Renamed are modules, names in modules, settings of a configuration, and keys of JSON files.
+These are names of modules, names in modules, settings of a configuration, and keys of JSON files.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any, TypeVar, cast
 PACKAGE = "bitmixer_jax"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Both sides are below the package.
+# Old and new names of modules, without the name of the package.
 MODULES = {
+    "archives": "zip_files",
     "bits": "policy",
     "inputs": "loaded_model",
     "json_files": "files",
@@ -38,6 +39,7 @@ MODULES = {
     "training.hosts": "distributed",
     "training.plan": "training.schedule",
 }
+# Old and new names in modules, by the new name of the module.
 NAMES: dict[str, dict[str, str]] = {
     "distributed": {
         "Leave": "ProcessAborted",
@@ -79,22 +81,29 @@ CONFIG_KEYS = {"made_for": "dataset_info"}
 
 
 def _text(old: str, new: str) -> str:
-    return f"{old} is deprecated and goes in version 0.3; write {new}"
+    return f"{old} is deprecated and will be removed in version 0.3; write {new}"
 
 
 def warn(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warns those who write Python that ``old`` is now called ``new``."""
+    """Warns the caller of a Python function that ``old`` is now called ``new``."""
     warnings.warn(_text(old, new), DeprecationWarning, stacklevel=stacklevel)
 
 
 @functools.cache
 def tell(old: str, new: str) -> None:
-    """Tells those who write commands and settings, once, that ``old`` is now called ``new``."""
+    """Logs a warning, once, that a flag or a setting ``old`` is now called ``new``.
+
+    Python hides a DeprecationWarning from those who only run commands.
+    """
     logging.getLogger(PACKAGE).warning("%s", _text(old, new))
 
 
 def module_getattr(module: str) -> Callable[[str], Any]:
-    """Returns a ``__getattr__`` for ``module`` (its ``__name__``) that knows its old names."""
+    """Returns a ``__getattr__`` that makes the old names of a module work.
+
+    Args:
+      module: ``__name__`` of the module.
+    """
     names = NAMES[module.removeprefix(f"{PACKAGE}.")]
 
     def getattr_(name: str) -> Any:
@@ -107,7 +116,14 @@ def module_getattr(module: str) -> Callable[[str], Any]:
 
 
 def renamed_arguments(**names: str) -> Callable[[Function], Function]:
-    """Returns a decorator: its function also takes keyword arguments by old names (old="new")."""
+    """Returns a decorator. A function with it also takes keyword arguments by their old names.
+
+    >>> @renamed_arguments(seed_number="seed")
+    ... def draw(seed):
+    ...     return seed
+    >>> draw(seed_number=3)  # with a DeprecationWarning
+    3
+    """
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
@@ -123,7 +139,11 @@ def renamed_arguments(**names: str) -> Callable[[Function], Function]:
 
 
 def new_keys(tree: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Returns ``tree`` with old keys under their new names, in their order."""
+    """Returns ``tree`` with old keys replaced by new ones, in the same order.
+
+    >>> new_keys({"made_for": 1, "seed": 0}, {"made_for": "dataset_info"})
+    {'dataset_info': 1, 'seed': 0}
+    """
     return {
         names.get(key, key): value
         for key, value in tree.items()
@@ -132,7 +152,7 @@ def new_keys(tree: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 
 
 class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports a module by its old name: both names then mean the same module."""
+    """Imports a module by its old name. Both names then stand for the same module object."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -147,7 +167,7 @@ class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.import_module(new)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """The module has been run under its new name."""
+        """Does nothing: the import of the new name has run the module."""
 
 
 def install() -> None:

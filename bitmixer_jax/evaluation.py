@@ -1,4 +1,8 @@
-"""Evaluation: accuracy of many policies with one compilation, three protocols."""
+"""Measures the accuracy of a trained network under many policies, with one compilation.
+
+`evaluate` does it for a trained network by three protocols: uniform widths, random policies, and
+one policy that the caller gives. `Evaluator` does it for any network, data set and policies.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +25,24 @@ from bitmixer_jax.pairs import covering_policies, recalibrate, uncalibrated_pair
 from bitmixer_jax.policy import as_policy, sample_random
 from bitmixer_jax.trained import Trained, load
 
+# Wraps the list of calls to make, for example with a progress bar.
 Progress = Callable[[list[Any]], Iterable[Any]]
+_RECALIBRATION_BATCHES = 8
+_RECALIBRATION_BATCH = 128  # images
 
 
 class UncalibratedPairs(UserError):
-    """Policies need batch norm statistics of pairs that no training step visited."""
+    """A policy uses a pair of widths that training never visited: it has no BN statistics."""
 
     default_code = "uncalibrated"
 
 
 class Scores(NamedTuple):
-    """How well policies do: float64 ``[M]`` each.
+    """Accuracy and loss of M policies.
 
     Attributes:
-      top1: accuracy, 0..1.
-      loss: mean cross-entropy, nats.
+      top1: accuracy of each policy, float64 ``[M]`` in 0..1.
+      loss: mean cross-entropy of each policy, float64 ``[M]`` in nats.
     """
 
     top1: np.ndarray
@@ -45,14 +52,29 @@ class Scores(NamedTuple):
 class Evaluator:
     """Scores a network on a data set under any policies, with one compilation.
 
-    The images stay on the devices, an equal part on each; streamed ones are decoded once for all
-    policies of a call of `scores`. One call of the compiled programme runs up to ``policies`` of
-    them over one batch: how many is data, as they are. ``traces`` counts compilations. If the
-    devices belong to several processes, all of them call `scores`; each computes the part of its
-    own devices, and the sums go to all.
+    The images stay on the devices, an equal part on each. Streamed images are decoded once for each
+    call of `scores`, whatever the number of policies. If the devices belong to several processes,
+    all processes must call `scores`, and all get the scores on the whole data set.
 
     Attributes:
-      examples: number of images; of streamed ones, those that could be read in the last `scores`.
+      model: the network.
+      examples: number of images. For streamed data: of those that the last `scores` could read.
+      traces: how often JAX traced the program: once, whatever the policies.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import bitmixer_jax as bm
+      >>> from bitmixer_jax import data
+      >>> digits = data.load("digits", "test[:20]")
+      >>> model = bm.create_model("resnet8", num_classes=10, image_shape=(8, 8, 1), width=4)
+      >>> baseline = model.baseline()  # it has no widths, so it needs no training to be scored
+      >>> shapes = jax.eval_shape(baseline.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+      >>> zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)  # all logits are 0
+      >>> evaluator = Evaluator(baseline, digits, digits.mean, digits.std)
+      >>> scores = evaluator.scores(zeros, [None])
+      >>> scores.top1.shape, scores.loss.round(3).tolist()  # ln 10 nats
+      ((1,), [2.303])
     """
 
     def __init__(
@@ -65,44 +87,49 @@ class Evaluator:
         batch_size: int = 500,
         policies: int = 16,
     ):
-        """Places the images.
+        """Places the images on the devices.
 
         Args:
-          mean, std: ``[C]`` of the training data, in units of 0..255.
-          devices: to compute on; None takes those of this process.
+          model: the network.
+          data: images uint8 ``[N, H, W, C]`` and their labels.
+          mean: ``[C]`` mean of the training images, in units of 0..255.
+          std: ``[C]`` standard deviation of the training images, in units of 0..255.
+          devices: to compute on; None: the devices of this process.
           batch_size: images per device and call; the last batch is padded.
-          policies: most that one call runs.
+          policies: largest number of policies in one call of the compiled program.
         """
         self.model = model
         self.examples = len(data)
         self.traces = 0
-        self._policies = policies
+        self._policies_per_call = policies
         devices = list(devices or jax.local_devices())
-        size = min(batch_size, -(-len(data) // len(devices)))
-        whole = size * len(devices)
-        self._number = -(-len(data) // whole)
-        own, here = local_batch_indices(devices, whole), local_devices(devices)
-        self._shared = len(here) < len(devices)
-        self._feed: Callable[[], Iterable[Any]]
+        batch_size = min(batch_size, -(-len(data) // len(devices))) * len(devices)  # of all devices
+        self._num_batches = -(-len(data) // batch_size)
+        devices_here = local_devices(devices)
+        indices = local_batch_indices(devices, batch_size)
+        self._several_processes = len(devices_here) < len(devices)
+        self._batches: Callable[[], Iterable[Any]]
         if isinstance(data, StreamingDataset):
-            self._feed = lambda: _stream(data, here, whole, own)
+            self._batches = lambda: _stream(data, devices_here, batch_size, indices)
         else:
-            resident = _place(data, here, whole, own)
-            self._feed = lambda: resident
+            placed = _place(data, devices_here, batch_size, indices)
+            self._batches = lambda: placed
 
         def score(
             variables: Any, images: jax.Array, labels: jax.Array, policies: Any, number: Any
         ) -> tuple[jax.Array, jax.Array]:
-            """Right answers int32 and summed losses float32, ``[K]`` each, of the first ``number``.
+            """Scores a batch under the first ``number`` of K policies.
 
-            A loop, not vmap: with kernels that differ, XLA makes vmap a grouped convolution, which
-            took 7 to 12 times as long on CPU.
+            Returns:
+              right answers int32 ``[K]``, or -1 if a logit is not finite; summed losses float32
+              ``[K]``. Both are 0 after the first ``number``.
             """
             self.traces += 1
             x = normalize(images, mean, std)
 
             def body(i: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                with jax.default_matmul_precision("highest"):  # of real values, on accelerators
+                # Accelerators would compute products of real values (stem, head) with fewer bits.
+                with jax.default_matmul_precision("highest"):
                     logits: Any = model.apply(variables, x, bits=policies[i], train=False)
                 right = jnp.sum(jnp.argmax(logits, -1) == labels)
                 # argmax of NaN is a class, too: a broken network must not score by chance.
@@ -112,29 +139,37 @@ class Evaluator:
                 )
                 return sums[0].at[i].set(right), sums[1].at[i].set(loss.sum())
 
+            # A loop over policies, and not vmap: each policy has its own kernels, so XLA turns a
+            # vmapped convolution into a grouped one, which took 7 to 12 times as long on CPU.
             size = policies.shape[0]
-            nothing = (jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.float32))
-            return jax.lax.fori_loop(0, number, body, nothing)
+            zeros = (jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.float32))
+            return jax.lax.fori_loop(0, number, body, zeros)
 
+        # pmap over the devices of this process: each device returns the sums of its own images.
+        # Devices and processes never communicate, so none waits for another.
         self._score: Callable[..., tuple[jax.Array, jax.Array]] = jax.pmap(
-            score, in_axes=(None, 0, 0, None, None), devices=here
+            score, in_axes=(None, 0, 0, None, None), devices=devices_here
         )
 
     def top1(self, variables: Any, policies: Any, progress: Progress = iter) -> np.ndarray:
-        """Accuracy of each policy: float64 ``[M]`` in 0..1. Arguments and errors as `scores`."""
+        """Returns the accuracy of each policy: float64 ``[M]`` in 0..1.
+
+        Arguments and errors are those of `scores`.
+        """
         return self.scores(variables, policies, progress).top1
 
     def scores(self, variables: Any, policies: Any, progress: Progress = iter) -> Scores:
-        """Accuracy and loss of each policy.
+        """Returns the accuracy and the loss of each policy.
 
         Args:
-          variables: of the network.
-          policies: int32 ``[M, L]``.
-          progress: wraps the list of calls to make, to show how far it is.
+          variables: of the network: "params" and "batch_stats".
+          policies: int32 ``[M, L]`` widths. For a full-precision baseline only M counts.
+          progress: wraps the list of calls to make, for example with a progress bar.
 
         Raises:
-          UserError: a policy does not fit, needs BN statistics that no step has seen
-            (`pairs.recalibrate`), or gives logits that are not finite.
+          UncalibratedPairs: a policy uses a pair of widths that training never visited.
+          UserError: a policy does not fit the network, the logits are not finite, or no image can
+            be read.
         """
         if self.model.quant.space is None:
             policies = np.zeros((len(policies), self.model.num_layers), np.int32)
@@ -142,40 +177,41 @@ class Evaluator:
             policies = self.model.space.check(policies, self.model.num_layers)
         missing = uncalibrated_pairs(self.model, variables["batch_stats"], policies)
         if missing:
-            layer, before, own = missing[0]
+            layer, predecessor, width = missing[0]
             raise UncalibratedPairs(
                 f"{len(missing)} pairs of widths were never visited in training, such as "
-                f"{before or 'any'}->{own} bits at {layer}: their BN statistics are unknown; train "
-                "for longer, or recalibrate them (evaluate --recalibrate)"
+                f"{predecessor or 'any'}->{width} bits at {layer}: their BN statistics are "
+                "unknown; train for longer, or recalibrate them"
             )
         right = np.zeros(len(policies), np.int64)
         loss = np.zeros(len(policies), np.float64)
-        most = self._policies
-        starts = range(0, len(policies), most)
-        # Batches outermost: each is streamed once, whatever the number of policies.
-        calls = [(batch, start) for batch in range(self._number) for start in starts]
-        feed = iter(self._feed()) if calls else iter(())
+        size = self._policies_per_call
+        # The outer loop is over batches, so that each batch is streamed once for all policies.
+        starts = range(0, len(policies), size)
+        calls = [(batch, start) for batch in range(self._num_batches) for start in starts]
+        batches = iter(self._batches()) if calls else iter(())
         examples = 0
         for _, start in progress(calls):
-            if not start:
-                images, labels, there = next(feed)
-                examples += there
-            rows = policies[start : start + most]
-            padded = np.concatenate([rows, np.repeat(rows[:1], most - len(rows), axis=0)])
-            counts, losses = self._score(variables, images, labels, padded, np.int32(len(rows)))
-            # Gathered over devices: [D, K].
-            found = np.asarray(counts)[:, : len(rows)]
-            broken = np.flatnonzero((found < 0).any(0))
+            if start == 0:
+                images, labels, count = next(batches)
+                examples += count
+            part = policies[start : start + size]
+            number = len(part)
+            # Always K policies, so that the program is compiled once; the padding is not computed.
+            padded = np.concatenate([part, np.repeat(part[:1], size - number, axis=0)])
+            answers = self._score(variables, images, labels, padded, np.int32(number))
+            part_right, part_loss = (np.asarray(x)[:, :number] for x in answers)  # [D, number]
+            broken = np.flatnonzero((part_right < 0).any(0))
             if len(broken):
                 raise UserError(
-                    f"policy {rows[broken[0]].tolist()}: the logits are not finite; "
+                    f"policy {part[broken[0]].tolist()}: the logits are not finite; "
                     "this network is broken",
                     "not-finite",
                 )
-            right[start : start + most] += found.sum(0)
-            loss[start : start + most] += np.asarray(losses, np.float64)[:, : len(rows)].sum(0)
+            right[start : start + size] += part_right.sum(0)
+            loss[start : start + size] += part_loss.astype(np.float64).sum(0)
         if calls:
-            if self._shared:
+            if self._several_processes:
                 right, loss, examples = _sum_over_processes(right, loss, examples)
             self.examples = examples
             if not examples:
@@ -183,39 +219,44 @@ class Evaluator:
         return Scores(right / self.examples, loss / self.examples)
 
 
-def _place(data: Dataset, devices: Sequence[jax.Device], whole: int, own: np.ndarray) -> list[Any]:
-    """Batches of (images, labels, how many there are), on the devices; the last one is padded.
+def _place(
+    data: Dataset, devices: Sequence[jax.Device], batch_size: int, indices: np.ndarray
+) -> list[Any]:
+    """Places a data set on the devices of this process.
 
     Args:
-      whole: images in a batch, of all processes.
-      own: int ``[b]`` places in it that ``devices`` take.
+      data: the data set.
+      devices: of this process.
+      batch_size: images in a batch, over all processes.
+      indices: int ``[b]``: which images of a batch this process takes.
+
+    Returns:
+      (images, labels, number of images without padding) of each batch. Only the last has padding.
     """
-    total = -(-len(data) // whole) * whole
-    labels = np.full(total, -1, np.int32)  # -1: padding, never right
+    total = -(-len(data) // batch_size) * batch_size
+    labels = np.full(total, -1, np.int32)  # -1 marks padding: no answer is right, no loss counts
     labels[: len(data)] = data.labels
     images = np.zeros((total, *data.image_shape), np.uint8)
     images[: len(data)] = data.images
     return [
-        _batch(i[own], y[own], devices)
-        for i, y in zip(
-            images.reshape(-1, whole, *data.image_shape), labels.reshape(-1, whole), strict=True
-        )
+        _shard_batch(images[start + indices], labels[start + indices], devices)
+        for start in range(0, total, batch_size)
     ]
 
 
 def _stream(
-    data: StreamingDataset, devices: Sequence[jax.Device], whole: int, own: np.ndarray
+    data: StreamingDataset, devices: Sequence[jax.Device], batch_size: int, indices: np.ndarray
 ) -> Iterator[Any]:
-    """The same, decoded on the way."""
-    loader = data.evaluation(whole, own)
+    """Yields the same batches as `_place`, decoded one after the other."""
+    loader = data.evaluation(batch_size, indices)
     try:
         for images, labels in loader:
-            yield _batch(images, labels, devices)
+            yield _shard_batch(images, labels, devices)
     finally:
         loader.close()
 
 
-def _batch(
+def _shard_batch(
     images: np.ndarray, labels: np.ndarray, devices: Sequence[jax.Device]
 ) -> tuple[jax.Array, jax.Array, int]:
     return *shard((images, labels), devices), int((labels >= 0).sum())
@@ -224,20 +265,38 @@ def _batch(
 def _sum_over_processes(
     right: np.ndarray, loss: np.ndarray, examples: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Sums of what each process found; float64 travels as bytes, as JAX would round it."""
+    """Returns the sums of the arguments over all processes."""
     from jax.experimental import multihost_utils
 
-    mine = np.concatenate([right, loss, [examples]])  # counts are exact in float64
-    heard = multihost_utils.process_allgather(np.frombuffer(mine.tobytes(), np.uint8))
-    found = np.frombuffer(np.asarray(heard).tobytes(), np.float64).reshape(-1, len(mine)).sum(0)
-    policies = len(right)
-    return found[:policies].astype(np.int64), found[policies:-1], int(found[-1])
+    sums = np.concatenate([right, loss, [examples]])  # float64 holds these counts exactly
+    # JAX would round float64 to float32, so the numbers are sent as bytes.
+    gathered = multihost_utils.process_allgather(np.frombuffer(sums.tobytes(), np.uint8))
+    by_process = np.frombuffer(np.asarray(gathered).tobytes(), np.float64)
+    sums = by_process.reshape(-1, len(sums)).sum(0)
+    return sums[: len(right)].astype(np.int64), sums[len(right) : -1], int(sums[-1])
 
 
 def random_policies(
     model: Network, number: int, seed: int, groups: Sequence[int] | None = None
 ) -> np.ndarray:
-    """``number`` policies with each layer's width drawn evenly: int32 ``[number, L]``."""
+    """Draws random policies: the width of each layer is drawn with equal probabilities.
+
+    Args:
+      model: a switchable network with L layers.
+      number: M, how many policies to draw.
+      seed: of the draws.
+      groups: ``[L]`` group of each layer, if the layers of a group share one width.
+
+    Returns:
+      int32 ``[M, L]`` widths.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet8", num_classes=10)
+      >>> policies = random_policies(model, 100, seed=0)
+      >>> policies.shape, sorted(set(policies.ravel().tolist()))
+      ((100, 6), [2, 3, 4])
+    """
     keys = jax.random.split(jax.random.key(seed), number)
     draw = jax.vmap(lambda key: sample_random(key, model.space, model.num_layers, groups))
     return np.asarray(draw(keys))
@@ -255,28 +314,36 @@ def evaluate(
     progress: Progress = iter,
     **others: Any,
 ) -> dict[str, Any]:
-    """Measures the test accuracy of a trained network by the three protocols.
+    """Measures the test accuracy of a trained network by three protocols.
 
-    The protocols are never mixed: every uniform width, random policies, one policy of your own.
-
-        result = bm.evaluate("runs/digits", random=100, policy=3)
-        result["uniform"]["4"], result["random"]["mean"], result["policy"]["top1"]
+    The protocols are each uniform width, random policies, and one policy that the caller gives.
+    Each has its own entry in the result. An accuracy is a share of right answers, 0..1.
 
     Args:
       source: WORKDIR, WORKDIR@STAGE, or what `trained.load` returned.
-      policy: as `policy.as_policy` reads it: widths, one width for all layers, text, a file.
-      changes: widths of some layers of that policy, by name: see `policy.with_widths`.
+      policy: a policy to evaluate: ``[L]`` widths, one width for all layers, text such as
+        "4,3,2,2,3,4", or a policy file. See `policy.as_policy`.
+      changes: widths of some layers of that policy, by layer name. See `policy.with_widths`.
       random: number of random policies.
       seed: of the random policies.
       uniform: evaluate each width in all layers.
-      data_dir: where the data are, if not where training found them.
-      progress: wraps the list of calls to make, to show how far it is.
+      data_dir: folder of the data, if they are no longer where training found them.
+      progress: wraps the list of calls to make, for example with a progress bar.
 
     Returns:
-      as `evaluate_protocols`.
+      the result of `evaluate_protocols`.
 
     Raises:
-      UserError: as `trained.load`, `Run.load` and `Evaluator.scores`.
+      UserError: as `trained.load`, `Trained.load_split` and `Evaluator.scores`; or the policy does
+        not fit the network.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> result = bm.evaluate("runs/digits", random=100, policy=3)  # doctest: +SKIP
+      >>> result["uniform"]["4"], result["policy"]["top1"]  # doctest: +SKIP
+      (0.98, 0.97)
+      >>> result["random"]["mean"], result["random"]["worst"]  # doctest: +SKIP
+      (0.972, 0.96)
     """
     if isinstance(source, Evaluator):  # up to version 0.1: evaluate(evaluator, variables, ...)
         deprecated.warn("evaluation.evaluate(evaluator, ...)", "evaluate_protocols")
@@ -288,7 +355,7 @@ def evaluate(
     if policy is not None:
         policy = as_policy(policy, trained.model.names, trained.model.space, changes)
     elif changes:
-        raise UserError("changes of widths: of a policy; give one, such as 4", "missing-value")
+        raise UserError("changes of widths need a policy; give one, such as 4", "missing-value")
     if random:
         trained.require_widths("draw")
     return evaluate_protocols(
@@ -304,7 +371,15 @@ def evaluate(
 
 
 def make_evaluator(trained: Trained, data_dir: str | None = None) -> Evaluator:
-    """Returns an Evaluator of a trained network on its test split."""
+    """Returns an Evaluator of a trained network on its test split.
+
+    Args:
+      trained: the network.
+      data_dir: folder of the data, if they are no longer where training found them.
+
+    Raises:
+      UserError: as `Trained.load_split`.
+    """
     data = trained.load_split(trained.run.test_split, data_dir)
     size = trained.run.evaluate_batch
     return Evaluator(trained.model, data, data.mean, data.std, batch_size=size)
@@ -313,13 +388,26 @@ def make_evaluator(trained: Trained, data_dir: str | None = None) -> Evaluator:
 def recalibrate_missing(
     trained: Trained, data_dir: str | None = None
 ) -> tuple[Trained, list[tuple[str, int, int]]]:
-    """Estimates the BN statistics of the pairs that training never visited.
+    """Estimates the BN statistics of the pairs of widths that training never visited.
 
-    1,024 images of the training split are used: see `pairs.recalibrate`.
+    It uses 1,024 images of the training split. See `pairs.recalibrate`.
+
+    Args:
+      trained: the network.
+      data_dir: folder of the data, if they are no longer where training found them.
 
     Returns:
-      the network with statistics for all pairs; and the pairs that had none, as
-      `pairs.uncalibrated_pairs` names them. Without such pairs the network is returned as it is.
+      a network in which all pairs are calibrated; and the pairs that were not, as (layer name,
+      width of the predecessor, own width). If there are none, the network is ``trained`` itself.
+
+    Raises:
+      UserError: the network is a full-precision baseline, or as `Trained.load_split`.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> trained = bm.load("runs/digits@weights")  # doctest: +SKIP
+      >>> calibrated, pairs = recalibrate_missing(trained)  # doctest: +SKIP
+      >>> result = bm.evaluate(calibrated, random=100)  # doctest: +SKIP
     """
     trained.require_widths("recalibrate")
     model, run = trained.model, trained.run
@@ -328,8 +416,8 @@ def recalibrate_missing(
         return trained, []
     data = trained.load_split(run.train_split, data_dir)
     order = np.random.default_rng(run.seed).permutation(len(data))
-    images = data.subset(order[: 8 * 128]).images
-    size = min(128, len(images))
+    images = data.subset(order[: _RECALIBRATION_BATCHES * _RECALIBRATION_BATCH]).images
+    size = min(_RECALIBRATION_BATCH, len(images))
     variables = recalibrate(model, trained.variables, images, data.mean, data.std, size)
     return dataclasses.replace(trained, variables=variables), missing
 
@@ -345,54 +433,71 @@ def evaluate_protocols(
     groups: Sequence[int] | None = None,
     progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Evaluates variables by the three protocols, with an Evaluator of the network.
+    """Evaluates variables by the three protocols, with the Evaluator of a network.
 
     Args:
-      uniform: each width in all layers.
+      evaluator: of the network and the data set.
+      variables: of the network: "params" and "batch_stats".
+      uniform: evaluate each width in all layers.
       random: number of random policies.
       seed: of the random policies.
-      policy: ``[L]`` a policy of one's own.
-      groups: layers that share a width in random policies.
-      progress: as `evaluate`.
+      policy: ``[L]`` widths, one more policy to evaluate.
+      groups: ``[L]`` group of each layer, if layers of a group share a width in random policies.
+      progress: wraps the list of calls to make, for example with a progress bar.
 
     Returns:
-      ``{"examples": int, "uniform": {width: top1}, "random": {"policies", "mean", "std", "worst",
-      "average_bits", "scores"}, "policy": {"widths", "top1"}}``, without what was not asked for;
-      top1 in 0..1, "scores" those of each random policy.
-      A full-precision baseline has "examples" and "float".
+      a JSON tree. An entry that was not asked for is absent. Accuracies are in 0..1.
+
+      - "examples": number of images.
+      - "uniform": accuracy by width, such as ``{"2": 0.93, "3": 0.97, "4": 0.98}``.
+      - "random": "policies" (how many), "mean", "std", "worst", "average_bits" (mean width over all
+        layers and policies), "scores" (accuracy of each policy).
+      - "policy": "widths" and "top1".
+      - "float": accuracy of a full-precision baseline, which has this and "examples" alone.
+
+    Raises:
+      UserError: as `Evaluator.scores`.
+
+    Examples:
+      >>> evaluator = make_evaluator(trained)  # doctest: +SKIP
+      >>> evaluate_protocols(evaluator, trained.variables, random=100)  # doctest: +SKIP
+      {'examples': 360, 'uniform': {'2': 0.93, ...}, 'random': {'policies': 100, ...}}
     """
     model = evaluator.model
     result: dict[str, Any] = {"examples": evaluator.examples}
     if model.quant.space is None:
-        top1 = float(evaluator.top1(variables, [None], progress)[0])
-        return {"examples": evaluator.examples, "float": top1}
-    space, layers = model.space, model.num_layers
-    blocks = []
-    if uniform:
-        blocks.append(np.stack([space.uniform(width, layers) for width in space.choices]))
-    if random:
-        blocks.append(random_policies(model, random, seed, groups))
-    if policy is not None:
-        blocks.append(space.check(policy, layers)[None])
-    if not blocks:
+        result["float"] = float(evaluator.top1(variables, [None], progress)[0])
         return result
-    scores = evaluator.top1(variables, np.concatenate(blocks), progress)
-    result["examples"] = evaluator.examples  # of streamed ones, some may be unreadable
+    space, layers = model.space, model.num_layers
+    by_protocol: dict[str, np.ndarray] = {}
     if uniform:
-        result["uniform"] = {str(w): float(s) for w, s in zip(space.choices, scores, strict=False)}
-        scores = scores[space.n :]
+        by_protocol["uniform"] = np.stack([space.uniform(w, layers) for w in space.choices])
     if random:
-        mine, drawn = scores[:random], blocks[1 if uniform else 0]
+        by_protocol["random"] = random_policies(model, random, seed, groups)
+    if policy is not None:
+        by_protocol["policy"] = space.check(policy, layers)[None]
+    if not by_protocol:
+        return result
+    # One call for all protocols, so that streamed images are decoded once.
+    top1 = evaluator.top1(variables, np.concatenate(list(by_protocol.values())), progress)
+    ends = np.cumsum([len(policies) for policies in by_protocol.values()])
+    scores = dict(zip(by_protocol, np.split(top1, ends[:-1]), strict=True))
+    result["examples"] = evaluator.examples  # some streamed images may be unreadable
+    if uniform:
+        pairs = zip(space.choices, scores["uniform"].tolist(), strict=True)
+        result["uniform"] = {str(width): accuracy for width, accuracy in pairs}
+    if random:
         result["random"] = {
             "policies": random,
-            "mean": float(mine.mean()),
-            "std": float(mine.std()),
-            "worst": float(mine.min()),
-            "average_bits": float(drawn.mean()),
-            "scores": [float(s) for s in mine],
+            "mean": float(scores["random"].mean()),
+            "std": float(scores["random"].std()),
+            "worst": float(scores["random"].min()),
+            "average_bits": float(by_protocol["random"].mean()),
+            "scores": scores["random"].tolist(),
         }
     if policy is not None:
-        result["policy"] = {"widths": blocks[-1][0].tolist(), "top1": float(scores[-1])}
+        widths = by_protocol["policy"][0].tolist()
+        result["policy"] = {"widths": widths, "top1": float(scores["policy"][0])}
     return result
 
 

@@ -1,4 +1,4 @@
-"""A network ready to run, wherever it comes from, and its compiled program."""
+"""A network from memory, a workdir or a packed file, in one shape; and its compiled program."""
 
 from __future__ import annotations
 
@@ -22,20 +22,25 @@ from bitmixer_jax.training.checkpoints import digest
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedModel:
-    """A network ready to be compiled.
+    """A network that is ready to be compiled: a function, its weights, and what it was trained on.
+
+    `from_trained` and `from_variables` make it of a network in floating point, and
+    `integer_engine.from_integer_model` of a packed file.
 
     Attributes:
-      forward: function of (weights, images, bits): logits float32 ``[N, K]`` of images float32
-        ``[N, H, W, C]``, normalised, at a policy that is a tuple of ints or a traced int32 ``[L]``.
+      forward: function of (weights, images, bits) that returns logits float32 ``[N, K]``. Its
+        images are float32 ``[N, H, W, C]``, normalised. Its bits are a policy: a tuple of L
+        ints, or an int32 ``[L]`` array, which may be traced.
       weights: pytree of arrays.
-      space: the choices.
+      space: the widths that each layer may take.
       names: ``[L]`` layer names.
-      layers: the layer table.
-      counts: int32 ``[P, n]`` of each layer, training steps that used each pair of widths.
+      layers: the layer table, ``[L]``.
+      counts: int32 ``[P, n]`` for each layer: how many training steps used each pair of widths.
       image_shape: ``(H, W, C)``.
-      classes: ``[K]`` names.
-      mean, std: ``[C]`` in units of 0..255.
-      weights_digest: of the trained weights, which fronts and exports carry.
+      classes: ``[K]`` class names.
+      mean: ``[C]`` mean of the training images, in units of 0..255.
+      std: ``[C]`` standard deviation of the training images, in units of 0..255.
+      weights_digest: SHA-256 of the trained weights, as in fronts and exports.
       reader: reads image files as evaluation did.
     """
 
@@ -53,29 +58,36 @@ class LoadedModel:
     reader: ImageReader
 
     def uncalibrated(self, policy: np.ndarray) -> list[tuple[str, int, int]]:
-        """Finds the pairs of a policy ``[L]`` without statistics, as `pairs.uncalibrated_pairs`."""
+        """Finds the pairs of widths that a policy ``[L]`` uses and that are not calibrated.
+
+        Returns:
+          (layer name, width of the predecessor, own width) of each; see `pairs.uncalibrated_pairs`.
+        """
         return find_uncalibrated(self.layers, self.counts, self.space.choices, policy[None])
 
     def require_calibrated(self, policy: np.ndarray) -> None:
-        """Checks that training visited all pairs of widths of a policy ``[L]``.
+        """Checks that training visited all pairs of widths that a policy ``[L]`` uses.
 
         Raises:
-          UserError: it did not, so BN statistics are unknown.
+          UserError: it did not visit some, so their BN statistics are unknown.
         """
         missing = self.uncalibrated(policy)
         if missing:
-            layer, predecessor, own = missing[0]
+            layer, predecessor, width = missing[0]
             raise UserError(
                 f"policy {np.asarray(policy).tolist()}: {len(missing)} of its pairs of widths were "
-                f"never visited in training, such as {predecessor or 'any'}->{own} bits at "
+                f"never visited in training, such as {predecessor or 'any'}->{width} bits at "
                 f"{layer}: their BN statistics are unknown; take another policy, train for longer, "
-                "or recalibrate (pairs.recalibrate)",
+                "or recalibrate them (evaluation.recalibrate_missing)",
                 "uncalibrated",
             )
 
 
 def from_trained(trained: Trained) -> LoadedModel:
-    """A trained network, simulated. Raises UserError for a full-precision baseline."""
+    """Returns a trained network as a LoadedModel. Raises UserError for a full-precision baseline.
+
+    The codes of weights and activations are whole numbers in floating point, as in training.
+    """
     trained.require_widths("switch")
     info = trained.dataset_info
     return from_variables(
@@ -99,29 +111,48 @@ def from_variables(
     reader: ImageReader | None = None,
     weights_digest: str | None = None,
 ) -> LoadedModel:
-    """A network in memory, simulated: codes are whole numbers in floating point.
+    """Returns a network in memory as a LoadedModel.
+
+    The codes of weights and activations are whole numbers in floating point, as in training.
 
     Args:
-      variables: "params" and "batch_stats".
-      mean, std, classes: of the training data.
-      reader: see `LoadedModel`; None: files are read as sets in memory are.
-      weights_digest: see `LoadedModel`; None: it is computed.
+      model: a switchable network.
+      variables: of the network: "params" and "batch_stats".
+      mean: ``[C]`` mean of the training images, in units of 0..255.
+      std: ``[C]`` standard deviation of the training images, in units of 0..255.
+      classes: ``[K]`` class names.
+      reader: reads image files; None: an `ImageReader` for the image shape of the network.
+      weights_digest: SHA-256 of the variables; None: it is computed.
 
     Raises:
-      UserError: a full-precision baseline.
+      UserError: the network is a full-precision baseline.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet8", num_classes=2, image_shape=(8, 8, 1), width=4)
+      >>> images, policy = jnp.zeros((1, 8, 8, 1)), np.full(6, 4)
+      >>> shapes = jax.eval_shape(model.init, jax.random.key(0), images, policy)
+      >>> zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes)
+      >>> loaded = from_variables(model, zeros, mean=[128], std=[64], classes=("cat", "dog"))
+      >>> loaded.uncalibrated(policy)[:2]  # no training step used a pair of widths
+      [('stage1.block1.conv1', 0, 4), ('stage1.block1.conv2', 4, 4)]
     """
-    own = {name: variables[name] for name in ("params", "batch_stats")}
-    space = model.space  # refuses a baseline
-    counts = [np.asarray(own["batch_stats"][name]["conv_norm"]["count"]) for name in model.names]
+    weights = {name: variables[name] for name in ("params", "batch_stats")}
+    space = model.space  # raises UserError for a full-precision baseline
+    stats = weights["batch_stats"]
+    counts = [np.asarray(stats[name]["conv_norm"]["count"]) for name in model.names]
 
     def forward(weights: Any, images: jax.Array, bits: Any) -> Any:
-        # Real values (stem, head) as precisely as engines elsewhere compute them.
+        # Accelerators would compute products of real values (stem, head) with fewer bits than
+        # the engines that run exports.
         with jax.default_matmul_precision("highest"):
             return model.apply(weights, images, bits=bits, train=False)
 
     return LoadedModel(
         forward=forward,
-        weights=own,
+        weights=weights,
         space=space,
         names=model.names,
         layers=model.layers,
@@ -130,38 +161,49 @@ def from_variables(
         classes=tuple(classes),
         mean=np.asarray(mean, np.float32),
         std=np.asarray(std, np.float32),
-        weights_digest=weights_digest or digest(own),
+        weights_digest=weights_digest or digest(weights),
         reader=reader or ImageReader(model.image_shape),
     )
 
 
 def check_images(images: Any, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns images as uint8 ``[N, H, W, C]``, N at least 1.
+    """Returns images as an array uint8 ``[N, H, W, C]``, with N at least 1.
+
+    Args:
+      images: an array of numpy, JAX or PyTorch, or nested lists.
+      image_shape: ``(H, W, C)`` that the network takes.
 
     Raises:
-      UserError: they are of another type or shape.
+      UserError: the images have another type or shape.
     """
     wanted = f"give uint8 (N, {', '.join(map(str, image_shape))}), N at least 1"
     try:
-        given = np.asarray(images)
+        array = np.asarray(images)
     except (ValueError, RuntimeError, TypeError) as error:  # such as tensors on another device
         raise UserError(
             f"images: numpy cannot read them ({reason(error)}); {wanted}", "bad-shape"
         ) from None
-    if given.dtype != np.uint8 or given.shape[1:] != tuple(image_shape) or not len(given):
-        raise UserError(f"images: got {given.dtype} {given.shape}; {wanted}", "bad-shape")
-    return given
+    if array.dtype != np.uint8 or array.shape[1:] != tuple(image_shape) or not len(array):
+        raise UserError(f"images: got {array.dtype} {array.shape}; {wanted}", "bad-shape")
+    return array
 
 
 class Predictor:
-    """A network on the first device, compiled for one batch size.
+    """A network on the first device, compiled once for one batch size.
 
-    The policy is data: one program serves all of them. With ``static`` the compiler knows the
-    widths, so look-ups in tables are gone, and no policy is given in a call.
+    The policy is an input of the program, so one program serves all policies. With ``static`` the
+    compiler knows the widths and drops the look-ups in tables; the program then serves one policy.
 
     Attributes:
       loaded: the network.
-      batch_size: images in one call of the program; larger inputs run in parts, the last padded.
+      batch_size: images in one call of the program. More images run in parts; the last is padded.
+      weights: of the network, on the device.
+
+    Examples:
+      >>> predictor = Predictor(from_trained(bm.load("runs/digits")))  # doctest: +SKIP
+      >>> images = np.zeros((20, 8, 8, 1), np.uint8)  # doctest: +SKIP
+      >>> predictor(images, [4, 3, 2, 2, 3, 4]).shape  # doctest: +SKIP
+      (20, 10)
     """
 
     def __init__(
@@ -173,11 +215,13 @@ class Predictor:
         weights: Any = None,
         on_trace: Callable[[], None] = lambda: None,
     ) -> None:
-        """Places the weights and compiles.
+        """Places the weights on the device and compiles the program.
 
         Args:
-          static: ``[L]`` widths that the program is for.
-          weights: those of the network, if they are on the device already.
+          loaded: the network.
+          batch_size: images in one call of the program.
+          static: ``[L]`` widths of the one policy that the program is for; None: all policies.
+          weights: of the network, if they are on the device already.
           on_trace: called when JAX traces the program.
         """
         self.loaded, self.batch_size, self._static = loaded, batch_size, static
@@ -193,7 +237,8 @@ class Predictor:
         shapes = [jax.ShapeDtypeStruct((batch_size, *loaded.image_shape), np.uint8)]
         if static is None:
             shapes.append(jax.ShapeDtypeStruct((len(loaded.names),), np.int32))
-        # Compiled before its first call, so it refuses what would make `jit` compile again.
+        # Compiled here, before the first call. A call of `jit` would compile again for another
+        # shape or type; this program raises an error instead.
         self._run = jax.jit(forward).lower(weights, *shapes).compile()
 
     def check(self, policy: Any) -> np.ndarray:
@@ -203,24 +248,31 @@ class Predictor:
           policy: ``[L]`` widths, or one width for all layers.
 
         Raises:
-          UserError: it does not fit the network, or needs a pair of widths that training never
-            visited.
+          UserError: the policy does not fit the network, or uses a pair of widths that training
+            never visited.
         """
         policy = check_policy(policy, self.loaded.space, len(self.loaded.names))
         self.loaded.require_calibrated(policy)
         return policy
 
     def __call__(self, images: Any, policy: Any) -> np.ndarray:
-        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]`` at a policy as `check`.
+        """Returns the logits of images at a policy.
+
+        Args:
+          images: uint8 ``[N, H, W, C]``.
+          policy: ``[L]`` widths, or one width for all layers.
+
+        Returns:
+          float32 ``[N, K]``.
 
         Raises:
-          UserError: images or policy do not fit, or the logits are not finite.
+          UserError: the images or the policy do not fit, or the logits are not finite.
         """
         return self.run(check_images(images, self.loaded.image_shape), self.check(policy))
 
     def run(self, images: np.ndarray, policy: np.ndarray) -> np.ndarray:
-        """As a call, of images and an int32 policy that were checked."""
-        size, widths = self.batch_size, () if self._static is not None else (policy,)
+        """Returns the logits of images uint8 at a policy int32 ``[L]``, both checked before."""
+        size, bits = self.batch_size, () if self._static is not None else (policy,)
         logits = np.empty((len(images), len(self.loaded.classes)), np.float32)
         for start in range(0, len(images), size):
             batch = images[start : start + size]
@@ -228,9 +280,8 @@ class Predictor:
             if count < size:
                 padding = np.zeros((size - count, *batch.shape[1:]), np.uint8)
                 batch = np.concatenate([batch, padding])
-            logits[start : start + count] = np.asarray(self._run(self.weights, batch, *widths))[
-                :count
-            ]
+            batch_logits = np.asarray(self._run(self.weights, batch, *bits))
+            logits[start : start + count] = batch_logits[:count]
         if not np.isfinite(logits).all():
             raise UserError(
                 f"policy {policy.tolist()}: the logits are not finite; this network is broken",

@@ -1,6 +1,7 @@
-"""What the modules ``runs``, ``search.workdir`` and ``export.workdir`` of version 0.1 offered.
+"""The functions of the modules ``runs``, ``search.workdir`` and ``export.workdir`` of version 0.1.
 
-Their old names lead here until version 0.3 (see `deprecated`). Write the verbs of `bitmixer_jax`.
+The old names of these modules stand for this module until version 0.3; see `deprecated`. New code
+uses the functions that ``bitmixer_jax/__init__.pyi`` lists.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Path = str | pathlib.Path
 
 
 def Settings(**settings: Any) -> SearchSettings | ExportSettings:
-    """Settings of an export if they name a format, else of a search."""
+    """Returns settings of an export if there is a format, else settings of a search."""
     if "format" not in settings:
         return SearchSettings(**settings)
     renamed = {"carrier": "storage_dtype", "tables": "norm_dtype"}
@@ -37,7 +38,7 @@ def Settings(**settings: Any) -> SearchSettings | ExportSettings:
 
 
 def train_and_report(config: Any, workdir: Path) -> tuple[pathlib.Path, list[str]]:
-    """Now: ``report(train(config, workdir))``."""
+    """Trains a network and writes its report. Now: ``report(train(config, workdir))``."""
     return report(train(config, workdir))
 
 
@@ -50,14 +51,17 @@ def evaluate_workdir(
     data_dir: str | None = None,
     **protocols: Any,
 ) -> dict[str, Any]:
-    """Now: `evaluation.evaluate`, `evaluation.recalibrate_missing`, `levels.levels_of`."""
+    """Evaluates a trained network.
+
+    Now: `evaluation.evaluate`, `evaluation.recalibrate_missing` and `levels.levels_of`.
+    """
     trained = load(workdir)
     missing: list[tuple[str, int, int]] = []
     if recalibrate_unvisited:
         trained, missing = recalibrate_missing(trained, data_dir)
     result = evaluate(trained, changes=parse_changes(changes), data_dir=data_dir, **protocols)
     if missing:
-        result["recalibrated"] = [f"{layer} {p or 'any'}->{own}" for layer, p, own in missing]
+        result["recalibrated"] = [f"{layer} {p or 'any'}->{width}" for layer, p, width in missing]
     if count_levels:
         result["levels"] = levels_of(trained, data_dir)
     return result
@@ -66,10 +70,13 @@ def evaluate_workdir(
 def search_workdir(
     workdir: Path, budget: Sequence[str], out: Path, settings: Any, overwrite: bool = False
 ) -> list[str]:
-    """Now: `search.search_policy`, ``found.save(out)`` and `describe.describe_policy`."""
-    found = search_policy(workdir, budget, **vars(settings))
-    found.save(out, overwrite=overwrite)
-    return describe_policy(found)
+    """Searches for a policy and writes it.
+
+    Now: `search.search_policy`, ``result.save(out)`` and `describe.describe_policy`.
+    """
+    result = search_policy(workdir, budget, **vars(settings))
+    result.save(out, overwrite=overwrite)
+    return describe_policy(result)
 
 
 def front_workdir(
@@ -80,14 +87,17 @@ def front_workdir(
     random: int = 100,
     overwrite: bool = False,
 ) -> list[str]:
-    """Now: `search.search_front`, `plots.write_front` and `describe.describe_front`."""
+    """Searches for a front and writes it.
+
+    Now: `search.search_front`, `plots.write_front` and `describe.describe_front`.
+    """
     front, session = search_front(workdir, cost, random=random, **vars(settings))
     write_front(out, front, overwrite=overwrite)
     return describe_front(front, session)
 
 
 def export_workdir(workdir: Path, out: Path, settings: Any, overwrite: bool = False) -> list[str]:
-    """Now: `export.export_network`."""
+    """Exports a trained network. Now: `export.export_network`."""
     result = export_network(workdir, out, overwrite=overwrite, **vars(settings))
     name = user_path(out).name
     written = f"written: {out} ({result['bytes']:,} bytes), {name}.report.json"

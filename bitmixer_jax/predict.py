@@ -1,4 +1,4 @@
-"""Classifies image files with an export or a workdir."""
+"""Classifies image files with a packed file, an ONNX file or a workdir."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ def predict_files(
 
     Args:
       model: a packed file, an ONNX file (".onnx"), or a workdir.
-      policy: as `policy.as_policy` reads it; None: the widest width everywhere. An ONNX file of one
-        policy takes none.
-      changes: widths of some layers, by name: see `policy.with_widths`.
-      top: how many classes.
+      paths: of the image files.
+      policy: ``[L]`` widths, one width for all layers, text such as "4,3,2,2,3,4", or a policy
+        file; None: the widest width in all layers. An ONNX file with one policy takes none.
+      changes: widths of some layers of the policy, by layer name. See `policy.with_widths`.
+      top: number of classes to return for each image.
 
     Returns:
-      each path with its best classes and their probabilities, in descending order.
+      (path, [(class name, probability in 0..1), ...]) for each image. The most probable class is
+      first.
 
     Raises:
-      UserError: no such model, a policy that does not fit, or a file that is no image.
+      UserError: the model or an image cannot be read, or the policy does not fit the network.
+
+    Examples:
+      >>> predict_files("digits.packed", ["photo.png"], policy=3, top=2)  # doctest: +SKIP
+      [('photo.png', [('7', 0.93), ('1', 0.04)])]
     """
     if top < 1:
         raise UserError(f"top {top}: give 1 or more")
@@ -51,18 +57,18 @@ def predict_files(
         run = network.predict
     images = network.reader.read(paths)
     if getattr(network, "switchable", True):
-        chosen = network.space.widest if policy is None else policy
-        logits = run(images, as_policy(chosen, network.names, network.space, changes))
+        policy = network.space.widest if policy is None else policy
+        logits = run(images, as_policy(policy, network.names, network.space, changes))
     elif policy is None and not changes:
         logits = run(images)
     else:
         raise UserError(
-            f"{model}: holds one policy; export without a policy to choose here", "conflict"
+            f"{model}: holds one policy; to choose a policy, export without one", "conflict"
         )
-    shares = np.exp(logits - logits.max(-1, keepdims=True))
-    shares /= shares.sum(-1, keepdims=True)
-    best = np.argsort(-shares, axis=-1, kind="stable")[:, :top]
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top]
     return [
         (path, [(network.classes[i], float(row[i])) for i in order])
-        for path, row, order in zip(paths, shares, best, strict=True)
+        for path, row, order in zip(paths, probabilities, best, strict=True)
     ]

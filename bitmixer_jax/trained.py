@@ -1,4 +1,4 @@
-"""The one door to a trained network: ``load(source)`` opens a workdir once, for everybody."""
+"""Loads a trained network from its workdir. Evaluation, search and export all start here."""
 
 from __future__ import annotations
 
@@ -23,15 +23,23 @@ from bitmixer_jax.training.workdir import CONFIG_FILE, parse_source, read_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Trained:
-    """A trained network, and all that evaluation, search and export want to know of it.
+    """A trained network with its settings and its data. `load` and `training.train` make it.
 
     Attributes:
-      source: what was loaded, WORKDIR or WORKDIR@STAGE.
+      source: what was loaded: WORKDIR or WORKDIR@STAGE.
       folder: the workdir.
       config: settings of the run as its ``config.json`` holds them, a JSON tree.
-      run: the same, checked; ``run.load(split)`` opens its data.
-      model: the network, with what its stage quantises.
-      variables: of the network, "params" and "batch_stats".
+      run: the same settings, checked.
+      model: the network. It quantises what its stage quantised: activations, or weights too.
+      variables: of the network: "params" and "batch_stats".
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> trained = bm.load("runs/digits")  # doctest: +SKIP
+      >>> trained.model.names[0], trained.model.space.choices  # doctest: +SKIP
+      ('stage1.block1.conv1', (2, 3, 4))
+      >>> trained.load_split("test").image_shape  # doctest: +SKIP
+      (8, 8, 1)
     """
 
     source: str
@@ -43,8 +51,8 @@ class Trained:
 
     @property
     def dataset_info(self) -> Mapping[str, Any]:
-        """The data of the training: "classes", "image_shape", "examples", "mean" and "std"."""
-        assert self.run.dataset_info is not None  # of every trained network
+        """The training data: "classes", "image_shape", "examples", "mean" and "std"."""
+        assert self.run.dataset_info is not None  # `load` always sets it
         return self.run.dataset_info
 
     @property
@@ -54,12 +62,12 @@ class Trained:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """``[L]`` which layers share a width in random policies: see `Network.groups`."""
+        """Group of each layer, ``[L]``: layers of a group share a width in random policies."""
         return self.model.groups(self.run.selection)  # type: ignore[arg-type]
 
     @functools.cached_property
     def weights_digest(self) -> str:
-        """SHA-256 of the variables: fronts and exports say by it which weights they are of."""
+        """SHA-256 of the variables. Fronts and exports hold it, to name the weights they are of."""
         return digest(self.variables)
 
     @functools.cached_property
@@ -69,14 +77,23 @@ class Trained:
         return reader_of_run(run.dataset, self.model.image_shape, mean, run.stream)
 
     def load_split(self, split: str, data_dir: str | None = None) -> Dataset | StreamingDataset:
-        """Opens a split of the data set, normalised as in training. Arguments as `Run.load`."""
+        """Opens a split of the data set, with the mean and deviation of the training images.
+
+        Args:
+          split: such as "train", "test" or "train[:1000]".
+          data_dir: folder of the data, if they are no longer where training found them.
+
+        Raises:
+          UserError: there are no such data, or they have other classes or another image shape than
+            the training data.
+        """
         return self.run.load(split, data_dir)
 
     def require_widths(self, purpose: str) -> None:
-        """Checks that the layers have widths.
+        """Checks that the layers have widths: that this is no full-precision baseline.
 
         Args:
-          purpose: what they are needed for, for the message.
+          purpose: a verb that says what the widths are needed for, for the message.
 
         Raises:
           UserError: this is a full-precision baseline.
@@ -95,17 +112,27 @@ class Trained:
 
 
 def load(source: str | pathlib.Path | Trained) -> Trained:
-    """Loads a trained network from a workdir: one reading of its settings, one restore.
-
-        trained = bm.load("runs/digits")
-        logits = trained.model.apply(trained.variables, images, bits=policy, train=False)
+    """Loads a trained network from a workdir.
 
     Args:
-      source: WORKDIR (its newest checkpoint), or WORKDIR@STAGE (the end of that stage). What is
-        loaded already is returned as it is.
+      source: WORKDIR (its newest checkpoint), or WORKDIR@STAGE (the end of that stage). A `Trained`
+        is returned as it is.
+
+    Returns:
+      the network with its variables, settings and data.
 
     Raises:
-      UserError: no run there, no checkpoint yet, no such stage, or a damaged file.
+      UserError: there is no run, no checkpoint or no such stage, or a file is damaged.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import bitmixer_jax as bm
+      >>> trained = bm.load("runs/digits")  # doctest: +SKIP
+      >>> images = jnp.zeros((2, *trained.model.image_shape))  # doctest: +SKIP
+      >>> policy = jnp.array([4, 3, 2, 2, 3, 4])  # doctest: +SKIP
+      >>> trained.model.apply(trained.variables, images, bits=policy).shape  # doctest: +SKIP
+      (2, 10)
+      >>> earlier = bm.load("runs/digits@weights")  # doctest: +SKIP
     """
     if isinstance(source, Trained):
         return source
@@ -120,8 +147,8 @@ def load(source: str | pathlib.Path | Trained) -> Trained:
     except UserError as error:
         raise UserError(f"{folder / CONFIG_FILE}: {error}", error.code) from None
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        kind = type(error).__name__
-        raise UserError(f"{folder / CONFIG_FILE}: damaged ({kind}: {error})", "damaged") from None
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder / CONFIG_FILE}: damaged ({problem})", "damaged") from None
     step = None
     if stage_name:
         names = [stage.name for stage in run.stages]
@@ -134,13 +161,13 @@ def load(source: str | pathlib.Path | Trained) -> Trained:
     state = checkpoints.restore(schedule.abstract_state(), step)
     checkpoints.close()
     if state is None:
-        raise UserError(f"{folder}: no checkpoint yet; train it first", "no-run")
-    done = int(state.step)
-    stage = run.stages[schedule.stage_of(done)]
-    if not stage_name and done < schedule.stage_ends[-1]:
+        raise UserError(f"{folder}: no checkpoint yet; train the network first", "no-run")
+    step = int(state.step)
+    stage = run.stages[schedule.stage_of(step)]
+    if not stage_name and step < schedule.stage_ends[-1]:
         logging.getLogger(__name__).warning(
-            "%s: not trained to its end: step %d of %d, stage %s",
-            *(folder, done, schedule.stage_ends[-1], stage.name),
+            "%s: training has not ended: step %d of %d, stage %s",
+            *(folder, step, schedule.stage_ends[-1], stage.name),
         )
     return Trained(
         source=str(source),

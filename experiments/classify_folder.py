@@ -1,7 +1,7 @@
 """Classifies the images of a folder again and again; SIGUSR1 switches to the next policy.
 
     python experiments/classify_folder.py photos --workdir runs/digits --policy 4 3 2
-    kill -USR1 PID      # the PID is in the first line; --front FILE goes round a front instead
+    kill -USR1 PID      # the first line shows the PID; --front FILE uses the policies of a front
 
 Ends after --rounds, or on SIGTERM or an interrupt.
 """

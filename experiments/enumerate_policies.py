@@ -1,11 +1,11 @@
-"""Search methods against the truth, on networks small enough to try every policy (3^6 = 729).
+"""Compares search methods with the best policy there is, on networks of 3^6 = 729 policies.
 
     python experiments/enumerate_policies.py --out experiments/results/enumeration \\
         runs/net6-s0 runs/net6-s1 runs/net6-s2
 
-All policies are scored on the images of the search and on test images. Under each budget, the gap
-is what a method's policy loses against the best there is: in loss on the images of the search (that
-is what methods minimise), and in test accuracy against the policy of least search loss.
+Scores all policies on the images of the search and on test images. Under each budget, the gap
+compares the policy of a method with the policy of least search loss. It is given in loss on the
+images of the search, which methods minimise, and in test accuracy.
 """
 
 import argparse
@@ -129,10 +129,10 @@ def table(results):
 def main():
     """Reads the command line, runs, writes results.json and README.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workdirs", nargs="+")
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--data_dir")
+    parser.add_argument("workdirs", nargs="+", help="folders of runs, one for each seed")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
+    parser.add_argument("--images", type=int, default=2000, help="images that score a policy")
+    parser.add_argument("--data_dir", help="where the data are")
     given = parser.parse_args()
     results = [run(w, given.images, given.data_dir) for w in given.workdirs]
     given.out.mkdir(parents=True, exist_ok=True)

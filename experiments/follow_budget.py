@@ -1,4 +1,4 @@
-"""A network that follows a budget: a wave, noise on it, and a drop below what any policy costs.
+"""Follows a changing budget: a wave with noise, and a drop below the cost of every policy.
 
     bitmixer front --workdir runs/digits --cost bitops --out runs/front
     python experiments/follow_budget.py --workdir runs/digits --front runs/front/front.json \\

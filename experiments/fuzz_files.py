@@ -1,13 +1,13 @@
-"""Mutates files at random: each must fail in one line, or change nothing.
+"""Mutates files at random: each must fail with one line, or change nothing.
 
     python experiments/fuzz_files.py --packed runs/net.packed --number 100000
     python experiments/fuzz_files.py --packed runs/net.packed --onnx runs/net.onnx --number 3000
     python experiments/fuzz_files.py --workdir runs/digits --number 1000
 
-Prints how many mutations failed clearly, and how many were harmless (they touched nothing that a
-reader reads, such as spaces). Anything else - another exception, a wrong load, a hang - ends it.
-Of a workdir, config.json and metrics.jsonl may also read as other settings and other numbers, as
-they carry no checksum; the arrays of a checkpoint may not.
+Prints how many mutations failed with a clear message, and how many were harmless. A harmless one
+changes bytes that no reader uses, such as spaces. Another exception, a wrong load or a hang ends
+the script. In a workdir, config.json and metrics.jsonl have no checksum, so they may also read as
+other settings and other numbers. The arrays of a checkpoint may not.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""How many images keep their class in each ONNX form, on trained networks.
+"""Counts the images that keep their class in each kind of ONNX file, on trained networks.
 
     python experiments/onnx_agreement.py runs/net20-s0 runs/net20-s1 runs/net20-s2 --json out.json
 
-Uniform widths and seven random policies of each network, on test images, in onnxruntime.
+Uses uniform widths and seven random policies of each network, on test images, in onnxruntime.
 """
 
 import argparse
@@ -62,10 +62,10 @@ def rows_of(workdir, number, data_dir, folder):
 def main():
     """Reads the command line, compares, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workdirs", nargs="+")
-    parser.add_argument("--images", type=int, default=10000)
-    parser.add_argument("--data_dir")
-    parser.add_argument("--json", type=pathlib.Path, required=True)
+    parser.add_argument("workdirs", nargs="+", help="folders of runs, one for each seed")
+    parser.add_argument("--images", type=int, default=10000, help="test images")
+    parser.add_argument("--data_dir", help="where the data are")
+    parser.add_argument("--json", type=pathlib.Path, required=True, help="write the result there")
     given = parser.parse_args()
     check_new(given.json, "--json")
     rows = []

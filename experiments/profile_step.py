@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: milliseconds per kind of compiled operation.
+"""Shows where the time of a training step goes: milliseconds by kind of compiled operation.
 
 python experiments/profile_step.py resnet20 --batch_size 128
 """

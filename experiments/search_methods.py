@@ -1,10 +1,10 @@
-"""Search methods side by side on trained networks: accuracy, evaluations, time.
+"""Compares search methods on trained networks: accuracy, evaluations, time.
 
     python experiments/search_methods.py --out experiments/results/search_resnet20 \\
         runs/net20-s0 runs/net20-s1 runs/net20-s2
 
-Each network is one seed. A method sees images that training left out; test data is read once, for
-the policies that all methods found, uniform widths, and random policies of the same average width.
+Each network is one seed. A method sees images that training left out. Test data is read once: for
+the policies that the methods found, uniform widths, and random policies of the same average width.
 """
 
 import argparse
@@ -125,12 +125,12 @@ def plot(path, results):
 def main():
     """Reads the command line, runs, writes results.json, README.md and methods.png."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workdirs", nargs="+")
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("workdirs", nargs="+", help="folders of runs, one for each seed")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("--average", type=float, default=3.0)
     parser.add_argument("--random", type=int, default=200)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--data_dir")
+    parser.add_argument("--images", type=int, default=2000, help="images that score a policy")
+    parser.add_argument("--data_dir", help="where the data are")
     given = parser.parse_args()
     results = [
         run(w, given.average, given.random, given.images, given.data_dir) for w in given.workdirs

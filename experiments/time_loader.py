@@ -1,10 +1,10 @@
-"""Times the streamed reading of training batches, workers and all, without a network.
+"""Times the streamed reading of training batches, with its workers, without a network.
 
     python experiments/make_jpegs.py --out data/typical --classes 10 --train 100 --longest 500
     python experiments/time_loader.py folder:typical --data_dir data --workers 0 1 2
 
-The first batches are left out, as workers start and fill their buffers meanwhile. On a machine that
-others use, images per second of CPU time (of this process and its workers, together) say more.
+The first batches are left out, because workers start and fill their buffers meanwhile. On a busy
+machine, compare images per second of CPU time (of this process and its workers together).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     """Runs from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="data set, such as imagenet or folder:typical")
-    parser.add_argument("--data_dir")
+    parser.add_argument("--data_dir", help="where the data are")
     parser.add_argument("--split", default="train")
     parser.add_argument("--workers", type=int, nargs="+", default=[-1])
     parser.add_argument("--decoder", nargs="+", default=["pil"])

@@ -1,9 +1,9 @@
-"""ONNX exports in onnxruntime against their float32 twin, in one run.
+"""Times ONNX exports in onnxruntime against the full-precision float32 baseline, in one run.
 
     python experiments/time_onnx.py --json experiments/results/onnx_speed/results.json
 
-The networks take turns, one call each, so that a busy machine slows all alike. Weights are random:
-time does not depend on them.
+The networks take turns, one call each, so that a busy machine slows all alike. Weights are random,
+because time does not depend on them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from bitmixer_jax.files import check_new
 
 
 def network(name, ends):
-    """A integer_model network of random weights."""
+    """An integer model of random weights."""
     model = bm.create_model(name, num_classes=1000, ends=ends)
     images = np.random.default_rng(0).normal(size=(1, *model.image_shape)).astype(np.float32)
     widest = (model.space.widest,) * model.num_layers
@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the result there")
     given = parser.parse_args()
     if given.json:
         check_new(given.json, "--json")

@@ -1,10 +1,10 @@
-"""bitmixer benchmark: speed and memory of training and evaluation."""
+"""bitmixer benchmark: measures time and memory of training and evaluation."""
 
 from __future__ import annotations
 
 import argparse
 
-from bitmixer_jax.cli.common import AddCommand, add_json, check_json, count, write_json
+from bitmixer_jax.cli.common import AddCommand, add_count, add_json, check_json, write_json
 
 
 def add(command: AddCommand) -> None:
@@ -12,24 +12,22 @@ def add(command: AddCommand) -> None:
     benchmark = command(
         "benchmark",
         run,
-        "time of a training step against that of the full-precision baseline, in one run",
+        "measure time and memory of training and evaluation against the full-precision baseline",
         "bitmixer benchmark --model resnet20 --batch_size 128 --json speed.json",
     )
     benchmark.add_argument(
         "--model", default="resnet20", help="name of the network (default resnet20)"
     )
+    add_count(benchmark, "--batch_size", 128, "images in a batch, over all devices")
+    add_count(benchmark, "--steps", 20, "timed steps of each kind")
     benchmark.add_argument(
-        "--batch_size", type=count, default=128, help="over all devices (default 128)"
+        "--compute_dtype", default="float32", help="float32 (default) or bfloat16"
     )
-    benchmark.add_argument(
-        "--steps", type=count, default=20, help="timed steps of each kind (default 20)"
-    )
-    benchmark.add_argument("--compute_dtype", default="float32", help="float32 or bfloat16")
     add_json(benchmark)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures, prints a table, writes the result."""
+    """Measures, prints a table and writes the result."""
     from bitmixer_jax.benchmark import benchmark, describe
 
     check_json(arguments.json, "model")

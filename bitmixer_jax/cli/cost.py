@@ -1,4 +1,4 @@
-"""bitmixer cost: what a policy costs."""
+"""bitmixer cost: computes what a policy costs."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ def add(command: AddCommand) -> None:
     cost = command(
         "cost",
         run,
-        "what a policy costs; change the widths of some layers",
+        "compute what a policy costs, and write the policy to a file",
         "bitmixer cost --workdir runs/digits --policy 4 --set 'stage3.*=2' --out policy.json",
     )
     network = cost.add_mutually_exclusive_group(required=True)
     network.add_argument("--workdir", metavar="DIR[@STAGE]", help="folder of a run")
-    network.add_argument("--model", help="name of a network for ImageNet or CIFAR, e.g. resnet18")
-    add_policy(cost, "as of evaluate (default: the widest width)", default="")
+    network.add_argument("--model", help="name of a network, such as resnet18")
+    add_policy(cost, default="")
     add_latency(cost)
-    add_out(cost, "write the policy there", required=False)
+    add_out(cost, "policy file to write", required=False)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints a table of costs, and writes the policy."""
+    """Prints a table of costs and writes the policy."""
     from bitmixer_jax.cost import costs, describe
-    from bitmixer_jax.files import check_free
+    from bitmixer_jax.files import check_new
     from bitmixer_jax.models import create_model
     from bitmixer_jax.policy import as_policy, save_policy
     from bitmixer_jax.trained import load
 
     if arguments.out is not None:
-        check_free(arguments.out, arguments.overwrite, "--out")
+        check_new(arguments.out, "--out", overwrite=arguments.overwrite)
     if arguments.workdir is not None:
         model = load(arguments.workdir).model
-    else:  # with the usual number of classes
+    else:  # images of 32 x 32 pixels are CIFAR-10's, larger ones ImageNet's
         model = create_model(arguments.model, num_classes=10)
         if model.image_shape[0] != 32:
             model = create_model(arguments.model, num_classes=1000)
-    given = arguments.policy or model.space.widest
-    policy = as_policy(given, model.names, model.space, changes_of(arguments))
+    policy = arguments.policy or model.space.widest
+    policy = as_policy(policy, model.names, model.space, changes_of(arguments))
     print(f"policy {','.join(map(str, policy))}")
     print_markdown(describe(model, policy, costs(model, arguments.latency)))
     if arguments.out is not None:

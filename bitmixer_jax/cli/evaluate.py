@@ -1,4 +1,4 @@
-"""bitmixer evaluate: test accuracy by uniform width, of random policies, of one policy."""
+"""bitmixer evaluate: measures the test accuracy at uniform widths, random policies, one policy."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 from bitmixer_jax.cli.common import (
     AddCommand,
+    add_count,
     add_data_dir,
     add_json,
     add_policy,
+    add_seed,
     add_workdir,
     changes_of,
     check_json,
-    count,
     print_markdown,
     progress_bar,
-    seed,
     write_json,
 )
 
@@ -26,30 +26,28 @@ def add(command: AddCommand) -> None:
     evaluate = command(
         "evaluate",
         run,
-        "test accuracy by uniform width, of random policies, of one policy",
+        "measure the test accuracy at each uniform width, at random policies and at one policy",
         "bitmixer evaluate --workdir runs/digits --random 100 --policy 4,3,2,2,3,4 --json out.json",
     )
     add_workdir(evaluate)
-    add_policy(evaluate, "a width (3), one per layer (4,3,2,...), or a policy file")
+    add_policy(evaluate)
+    add_count(evaluate, "--random", 0, "number of random policies")
+    add_seed(evaluate, "the random policies")
+    evaluate.add_argument("--no-uniform", action="store_true", help="skip the uniform widths")
     evaluate.add_argument(
-        "--random", type=count, default=0, metavar="N", help="number of random policies"
-    )
-    evaluate.add_argument("--seed", type=seed, default=0, help="of the random policies (default 0)")
-    evaluate.add_argument("--no-uniform", action="store_true", help="leave the uniform widths out")
-    evaluate.add_argument(
-        "--levels", action="store_true", help="also count the levels each layer uses"
+        "--levels", action="store_true", help="count the quantisation levels that each layer uses"
     )
     evaluate.add_argument(
         "--recalibrate",
         action="store_true",
-        help="estimate BN statistics of pairs of widths never visited in training",
+        help="estimate BN statistics of pairs of widths that training never visited",
     )
     add_data_dir(evaluate)
     add_json(evaluate)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluates, prints the tables, writes the result."""
+    """Evaluates, prints tables and writes the result."""
     from bitmixer_jax.evaluation import evaluate, recalibrate_missing
     from bitmixer_jax.levels import levels_of
     from bitmixer_jax.report import table
@@ -89,12 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _pair(pair: tuple[str, int, int]) -> str:
-    layer, predecessor, own = pair
-    return f"{layer} {predecessor or 'any'}->{own}"
+    layer, predecessor, width = pair
+    return f"{layer} {predecessor or 'any'}->{width}"
 
 
 def _recalibration(pairs: list[Any]) -> str:
     if not pairs:
         return "recalibration: training visited every pair of widths; nothing to do"
-    named = ", ".join(map(_pair, pairs[:6])) + (", ..." if len(pairs) > 6 else "")
-    return f"recalibrated {len(pairs)} pairs of widths never visited in training: {named}"
+    names = ", ".join(map(_pair, pairs[:6])) + (", ..." if len(pairs) > 6 else "")
+    return f"recalibrated {len(pairs)} pairs of widths that training never visited: {names}"

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from bitmixer_jax.cli.common import (
     AddCommand,
     RenamedFlag,
+    add_count,
     add_data_dir,
     add_out,
     add_policy,
+    add_seed,
     add_workdir,
     changes_of,
-    count,
     print_markdown,
-    seed,
 )
 
 if TYPE_CHECKING:
@@ -36,36 +36,35 @@ def add(command: AddCommand) -> None:
         "--format", required=True, help="packed, onnx, pytorch, safetensors or stablehlo"
     )
     add_policy(
-        export, "onnx: this policy alone, in integers (default: all, the policy is an input)"
+        export, "onnx: export this policy alone (default: all policies; the policy is an input)"
     )
     export.add_argument(
-        "--storage_dtype", default="int8", help="onnx, one policy: weights in int8, int4 or int2"
+        "--storage_dtype",
+        default="int8",
+        help="onnx, one policy: weights in int8 (default), int4 or int2",
     )
     export.add_argument(
         "--fast",
         action="store_true",
-        help="onnx, one policy: 8 bits throughout, over twice as fast; answers differ somewhat",
+        help="onnx, one policy: compute everything in 8 bits: over twice as fast, but some answers "
+        "differ",
     )
     export.add_argument(
         "--norm_dtype",
         default="float32",
-        help="packed: norms as float32 (exact) or float16 (small)",
+        help="packed: norms in float32 (default, exact) or float16 (smaller file)",
     )
     export.add_argument("--carrier", action=RenamedFlag, new="--storage_dtype")
     export.add_argument("--tables", action=RenamedFlag, new="--norm_dtype")
-    export.add_argument(
-        "--images", type=count, default=500, metavar="N", help="test images to verify on"
-    )
-    export.add_argument(
-        "--random", type=count, default=10, metavar="N", help="random policies to verify"
-    )
-    export.add_argument("--seed", type=seed, default=0, help="of these (default 0)")
+    add_count(export, "--images", 500, "test images to verify on")
+    add_count(export, "--random", 10, "random policies to verify")
+    add_seed(export, "the random policies")
     add_data_dir(export)
-    add_out(export, "file to write; a folder for pytorch")
+    add_out(export, "file to write; for pytorch a folder")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exports, prints the verdict and, of a packed file, a table of sizes."""
+    """Exports, prints the result of the check and, for a packed file, a table of sizes."""
     from bitmixer_jax.export import export_network
     from bitmixer_jax.export.verify import summary
 
@@ -95,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _sizes(network: IntegerModel, path: pathlib.Path, norm_dtype: str) -> list[str]:
-    """A Markdown table of sizes: what this file takes, and weights at other widths."""
+    """Returns a Markdown table with the size of this file, and of bare weights at other widths."""
     from bitmixer_jax.export.integer_model import FloatStem
 
     weights = sum(layer.info.params for layer in network.layers)
@@ -122,7 +121,7 @@ def _sizes(network: IntegerModel, path: pathlib.Path, norm_dtype: str) -> list[s
 
 
 def _cuts(path: pathlib.Path) -> list[tuple[int, int, int]]:
-    """(planes, bytes, widest width) of each narrower file that this one can be cut to."""
+    """Returns (planes, bytes, widest width) of each narrower file that this one can be cut to."""
     from bitmixer_jax.errors import UserError
     from bitmixer_jax.export.packed import load_packed, plane_ends
 

@@ -1,10 +1,10 @@
-"""bitmixer front: the best policies over the whole range of a cost."""
+"""bitmixer front: finds the best policies over the whole range of a cost."""
 
 from __future__ import annotations
 
 import argparse
 
-from bitmixer_jax.cli.common import AddCommand, add_out, count, print_markdown, search_bar
+from bitmixer_jax.cli.common import AddCommand, add_count, add_out, print_markdown, search_bar
 from bitmixer_jax.cli.search import add_settings, settings_of
 
 
@@ -20,28 +20,20 @@ def add(command: AddCommand) -> None:
     front.add_argument(
         "--cost", default="bitops", help="avg_bits, bitops (default), bytes, latency_ms, ..."
     )
-    front.add_argument(
-        "--random",
-        type=count,
-        default=100,
-        metavar="N",
-        help="random policies to draw beside it (default 100)",
-    )
+    add_count(front, "--random", 100, "random policies to plot beside the front")
     add_out(front, "folder for front.json, front.png and widths.png")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Searches, writes front.json and two plots, prints a table."""
-    from bitmixer_jax.files import check_folder, check_free
+    """Searches, writes front.json and two plots, and prints a table."""
+    from bitmixer_jax.files import check_new
     from bitmixer_jax.search import search_front
     from bitmixer_jax.search.describe import describe_front
     from bitmixer_jax.search.plots import write_front
 
     out = arguments.out
-    check_folder(out, "--out")
-    if out.exists():
-        for name in ("front.json", "front.png", "widths.png"):
-            check_free(out / name, arguments.overwrite, "--out")
+    for name in ("front.json", "front.png", "widths.png"):
+        check_new(out / name, "--out", overwrite=arguments.overwrite, parents=True)
     with search_bar() as on_scores:
         front, session = search_front(
             arguments.workdir,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bitmixer_jax.cli.common import AddCommand, add_policy, changes_of, count, path
+from bitmixer_jax.cli.common import AddCommand, add_count, add_policy, changes_of, path
 
 
 def add(command: AddCommand) -> None:
@@ -16,12 +16,10 @@ def add(command: AddCommand) -> None:
         "bitmixer predict --model digits.packed --policy 3 photo.png",
     )
     predict.add_argument(
-        "--model", required=True, help="a packed file, an .onnx file, or the folder of a run"
+        "--model", required=True, help="packed file, ONNX file (.onnx), or folder of a run"
     )
-    add_policy(predict, "as of evaluate (default: the widest width)", default="")
-    predict.add_argument(
-        "--top", type=count, default=5, metavar="K", help="classes to print (default 5)"
-    )
+    add_policy(predict, default="")
+    add_count(predict, "--top", 5, "number of classes to print")
     predict.add_argument("images", nargs="+", type=path, metavar="IMAGE")
 
 
@@ -30,14 +28,14 @@ def run(arguments: argparse.Namespace) -> int:
     from bitmixer_jax.errors import one_line
     from bitmixer_jax.predict import predict_files
 
-    found = predict_files(
+    predictions = predict_files(
         arguments.model,
         arguments.images,
         arguments.policy or None,
         changes_of(arguments),
         arguments.top,
     )
-    for file, classes in found:
-        named = ", ".join(f"{name} {100 * share:.1f}%" for name, share in classes)
-        print(f"{one_line(file)}: {named}")
+    for file, classes in predictions:
+        text = ", ".join(f"{name} {100 * probability:.1f}%" for name, probability in classes)
+        print(f"{one_line(file)}: {text}")
     return 0

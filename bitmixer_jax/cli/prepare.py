@@ -16,16 +16,18 @@ def add(command: AddCommand) -> None:
         "bitmixer prepare cifar10 --source cifar-10-python.tar.gz --data_dir data",
     )
     prepare.add_argument("name", help="cifar10, fashion_mnist, mnist or imagenet")
-    prepare.add_argument("--source", required=True, type=path, help="archive or folder")
+    prepare.add_argument(
+        "--source", required=True, type=path, help="archive or folder of the published data"
+    )
     prepare.add_argument(
         "--data_dir",
         type=path,
-        help="where the copy goes (default: $BITMIXER_DATA or a cache folder)",
+        help="folder for the copy (default: $BITMIXER_DATA, or a cache folder)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prepares, and prints where the copy is."""
+    """Prepares the data set and prints where the copy is."""
     from bitmixer_jax.data import default_data_dir
     from bitmixer_jax.preparation import prepare
 

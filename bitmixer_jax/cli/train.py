@@ -1,4 +1,4 @@
-"""bitmixer train: trains a network, or goes on where a run was stopped."""
+"""bitmixer train: trains a network, or continues a run that was stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add(command: AddCommand) -> None:
     train = command(
         "train",
         run,
-        "train a network, or go on where a run was stopped",
+        "train a network, or continue a run that was stopped",
         "bitmixer train --config experiments/configs/digits.py --workdir runs/digits "
         "--config.seed=1 --config.stages.mixed.epochs=40",
     )
@@ -26,22 +26,23 @@ def add(command: AddCommand) -> None:
     train.add_argument("--workdir", required=True, type=path, help="folder of the run")
     train.add_argument("--config.NAME", metavar="VALUE", help="change a setting (repeatable)")
     many = train.add_argument_group(
-        "many processes", "on TPU pods, SLURM and Open MPI the environment tells; docs/scaling.md"
+        "several processes",
+        "not needed on TPU pods, SLURM and Open MPI, where JAX finds them; see docs/scaling.md",
     )
     many.add_argument("--coordinator", metavar="HOST:PORT", help="address of the first process")
-    many.add_argument("--processes", type=count, metavar="N", help="how many there are")
-    many.add_argument("--process", type=count, metavar="I", help="which one this is, from 0")
+    many.add_argument("--processes", type=count, metavar="N", help="number of processes")
+    many.add_argument("--process", type=count, metavar="I", help="number of this process, from 0")
     many.add_argument(
         "--heartbeat_seconds",
         type=count,
         default=60,
         metavar="S",
-        help="end when another process was silent for so long (default 60)",
+        help="stop when another process has not answered for S seconds (default 60)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains, evaluates, writes the report."""
+    """Trains, evaluates and writes the report."""
     from bitmixer_jax import distributed
 
     distributed.connect(
@@ -70,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         if aborted.status == 1:
             traceback.print_exception(error)
         print(f"bitmixer: {aborted}", file=sys.stderr, flush=True)
-        time.sleep(1)  # so that the other processes, if they fail alike, can say so
-        os._exit(aborted.status)  # an orderly end would wait for them
+        time.sleep(1)  # other processes that failed for the same reason have time to say so
+        os._exit(aborted.status)  # an orderly exit would wait for the other processes
     if distributed.is_primary():
         print_markdown(lines)
         print(f"plots and summary: {folder}")

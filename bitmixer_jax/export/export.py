@@ -1,7 +1,8 @@
-"""Exports a trained network to a file or folder, and verifies what was written.
+"""Exports a trained network to a file or a folder, and verifies what was written.
 
-An export is written beside its place, loaded again in its own engine, compared with the network on
-real images, and only then moved to its place. The report lies beside it, as OUT.report.json.
+An export is first written to a hidden folder. There it is loaded again in its own engine, such as
+onnxruntime, and compared with the network on real images. Only an export that agrees is moved to
+OUT, with a report beside it, OUT.report.json.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.errors import UserError, reason
+from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import random_policies
 from bitmixer_jax.export.integer_engine import from_integer_model
 from bitmixer_jax.export.integer_model import IntegerModel, to_integer_model
 from bitmixer_jax.export.packed import load_packed, save_packed
 from bitmixer_jax.export.verify import EXACT, Engine, Tolerance, require, verify
-from bitmixer_jax.files import cannot_write, check_free, hold, user_path, write_whole
+from bitmixer_jax.files import cannot_write, check_new, hold, user_path, write_whole
 from bitmixer_jax.loaded_model import Predictor, from_trained, from_variables
 from bitmixer_jax.policy import as_policy, closest
 from bitmixer_jax.trained import Trained, load
@@ -37,19 +37,28 @@ class ExportSettings:
     """What to export, and how to verify it.
 
     Attributes:
-      format: one of FORMATS.
-      policy: for onnx: this policy alone, as `policy.as_policy` reads it. None: all policies.
-      changes: widths of some layers of that policy, by name: see `policy.with_widths`.
-      storage_dtype: of the weights of one policy in ONNX: "int8", "int4" or "int2".
-      fast: one policy in ONNX in 8 bits throughout, which answers differently (`onnx_int8`).
-      norm_dtype: of the norms in a packed file: "float32" or "float16".
-      images: test images to compare on (no labels are used).
-      random: random policies to compare, beside the uniform ones.
-      seed: of these.
-      data_dir: where the data are, if not where training found them.
+      format: one of FORMATS: "packed", "onnx", "pytorch", "safetensors" or "stablehlo".
+      policy: onnx: export this policy alone. It is ``[L]`` widths, one width for all layers, text
+        such as "4,3,2,2,3,4", or a policy file. None: export all policies; the policy is an input.
+      changes: widths of some layers of that policy, by layer name. See `policy.with_widths`.
+      storage_dtype: onnx with one policy: type of the weights: "int8", "int4" or "int2".
+      fast: onnx with one policy: compute everything in 8 bits. This is faster, but the answers
+        differ; see `onnx_int8`.
+      norm_dtype: packed: type of the norms: "float32" or "float16".
+      images: number of test images to compare the answers on. Labels are not used.
+      random: number of random policies to compare, beside the uniform ones.
+      seed: of the random policies.
+      data_dir: folder of the data, if they are no longer where training found them.
 
     Raises:
-      UserError: a value is not allowed, or two do not go together.
+      UserError: a value is not allowed, or two values do not go together.
+
+    Examples:
+      >>> ExportSettings(format="onnx", policy=4, storage_dtype="int4").images
+      500
+      >>> ExportSettings(format="packed", fast=True)
+      Traceback (most recent call last):
+      bitmixer_jax.errors.UserError: fast is for one policy in ONNX; give a policy
     """
 
     format: str
@@ -70,34 +79,33 @@ class ExportSettings:
                 f"format {self.format!r}: unknown{hint}; one of {', '.join(FORMATS)}",
                 "unknown-name",
             )
-        for name, given, only in (
+        stored = self.storage_dtype != "int8"
+        for name, is_set, only in (
             ("policy", self.policy is not None, "onnx"),
-            ("storage_dtype", self.storage_dtype != "int8", "onnx"),
+            ("storage_dtype", stored, "onnx"),
             ("norm_dtype", self.norm_dtype != "float32", "packed"),
         ):
-            if given and self.format != only:
+            if is_set and self.format != only:
                 value = getattr(self, name)
-                raise UserError(f"{name} {value}: of format {only} alone", "conflict")
-        for name, given in (("storage_dtype", self.storage_dtype != "int8"), ("fast", self.fast)):
-            if given and self.policy is None:
-                raise UserError(
-                    f"{name}: of one policy alone in ONNX; give a policy", "missing-value"
-                )
-        if self.fast and self.storage_dtype != "int8":
+                raise UserError(f"{name} {value}: only for format {only}", "conflict")
+        for name, is_set in (("storage_dtype", stored), ("fast", self.fast)):
+            if is_set and self.policy is None:
+                raise UserError(f"{name} is for one policy in ONNX; give a policy", "missing-value")
+        if self.fast and stored:
             raise UserError(
                 f"fast with storage_dtype {self.storage_dtype}: only int8 is fast; "
-                "give one of them",
+                "give one of the two",
                 "conflict",
             )
         if self.changes and self.policy is None:
-            raise UserError("changes of widths: of a policy; give one, such as 4", "missing-value")
+            raise UserError("changes of widths need a policy; give one, such as 4", "missing-value")
         for name, number in (("images", self.images), ("random", self.random)):
             if number < 1:
                 raise UserError(f"{name} {number}: give 1 or more")
 
 
 def integer_model_of(trained: Trained) -> IntegerModel:
-    """A trained network as integers, with what files say of its data: see `to_integer_model`."""
+    """Returns a trained network in integers, as exports write it; see `to_integer_model`."""
     info = trained.dataset_info
     return to_integer_model(
         trained.model,
@@ -115,14 +123,15 @@ def integer_model_of(trained: Trained) -> IntegerModel:
 
 
 class _Source:
-    """The network to export, and its answers.
+    """The network to export, and what it is compared on.
 
     Attributes:
-      trained, settings: as given.
-      policy: int32 ``[L]`` the one to export, or None.
-      images: uint8 ``[N, H, W, C]`` of the test split, for comparison.
-      reference: gives the logits of the network.
-      integer_model: the network as exports take it.
+      trained: the network.
+      settings: of the export.
+      policy: int32 ``[L]``, the one policy to export; None: all policies.
+      images: uint8 ``[N, H, W, C]`` of the test split, to compare on.
+      reference: computes the logits of the network.
+      integer_model: the network in integers.
     """
 
     def __init__(self, trained: Trained, settings: ExportSettings):
@@ -139,24 +148,29 @@ class _Source:
         self.integer_model = integer_model_of(trained)
 
     def training_images(self) -> np.ndarray:
-        """Some hundred training images, to see which values occur between layers."""
+        """Returns 500 training images, uint8, to measure the ranges of values between layers."""
         data = self.trained.load_split(self.trained.run.train_split, self.settings.data_dir)
         order = np.random.default_rng(self.settings.seed).permutation(len(data))
         return data.subset(np.sort(order[:500])).images
 
     def policies(self) -> list[np.ndarray]:
-        """Those to compare: uniform and random ones whose pairs training visited."""
+        """Returns the policies to compare: the one to export, or uniform and random ones.
+
+        Uniform and random policies with pairs of widths that training never visited are left out.
+        """
         if self.policy is not None:
             return [self.policy]
         model, settings = self.trained.model, self.settings
         policies = [model.space.uniform(w, model.num_layers) for w in model.space.choices]
         policies += list(random_policies(model, settings.random, settings.seed))
-        known = [p for p in policies if not self.reference.loaded.uncalibrated(p)]
-        if not known:
+        calibrated = [p for p in policies if not self.reference.loaded.uncalibrated(p)]
+        if not calibrated:
             raise UserError(
-                "export: training visited all pairs of no policy; train for longer", "uncalibrated"
+                "export: each policy to compare uses a pair of widths that training never visited; "
+                "train for longer",
+                "uncalibrated",
             )
-        return known
+        return calibrated
 
 
 def export_network(
@@ -166,63 +180,55 @@ def export_network(
     overwrite: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Exports a trained network to a file (a folder for pytorch), and verifies it.
+    """Exports a trained network to a file (pytorch: to a folder), and verifies it.
 
-        report = bm.export_network("runs/digits", "net.onnx", format="onnx")
-        report["top1_agreement"], report["bytes"]
-
-    A hidden lock file beside ``out`` keeps a second process from the same place. A killed export
-    leaves a hidden folder, which the next one removes.
+    The export is loaded again in its own engine and compared with the network on test images. If it
+    does not agree, nothing is written. While it runs, a hidden lock file beside ``out`` keeps other
+    processes away. An export that was killed leaves a hidden folder, which the next one removes.
 
     Args:
       source: WORKDIR, WORKDIR@STAGE, or what `trained.load` returned.
-      out: the file or folder to write.
+      out: the file or folder to write. A report is written beside it, as OUT.report.json.
       overwrite: replace an export that exists.
-      settings: the attributes of `ExportSettings`, ``format`` first of all.
+      settings: attributes of `ExportSettings`. ``format`` is required.
 
     Returns:
-      the report of `verify.verify`, with "weights_digest", "format" and "bytes".
+      the report of `verify.verify`, with the entries "weights_digest", "format" and "bytes" (size
+      of the export).
 
     Raises:
-      UserError: no trained network there, ``out`` exists or is being written, an engine is not
-        installed, there is no room, or the export does not agree with the network (then nothing is
-        written).
+      UserError: there is no trained network, ``out`` exists or cannot be written, another process
+        writes it, the engine is not installed, or the export does not agree with the network.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> report = bm.export_network("runs/digits", "net.onnx", format="onnx")  # doctest: +SKIP
+      >>> report["top1_agreement"], report["bytes"]  # doctest: +SKIP
+      (1.0, 41213)
     """
-    chosen = ExportSettings(**settings)
+    checked = ExportSettings(**settings)
     out = user_path(out)
     if not out.name:
         raise UserError(f"{out}: names no file", "bad-path")
-    _check_names(out)
-    check_free(out, overwrite, folder=chosen.format == "pytorch")
+    check_new(out, overwrite=overwrite, folder=checked.format == "pytorch")
+    for path in (_partial(out), _report(out)):  # their names are longer, perhaps too long
+        check_new(path, folder=True)
     _check_folder(out)
     if out.is_symlink():
-        raise UserError(f"{out}: a link; name a file, or a folder, itself", "bad-path")
+        raise UserError(f"{out}: is a link; name the file or the folder itself", "bad-path")
     if out.exists() and not (out.is_file() or out.is_dir()):
-        raise UserError(f"{out}: a device or a pipe; name a file", "bad-path")
+        raise UserError(f"{out}: is a device or a pipe; name a file", "bad-path")
     with hold(out.with_name(f".{out.name}.lock"), str(out)):
-        return _export(source, out, chosen, overwrite)
-
-
-def _check_names(out: pathlib.Path) -> None:
-    """Raises UserError where the names beside ``out`` are too long."""
-    for path in (out, _partial(out), _report(out)):
-        try:
-            os.lstat(path)
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{out}: cannot write there ({reason(error)}); name another", "not-writable"
-            ) from None
+        return _export(source, out, checked, overwrite)
 
 
 def _partial(out: pathlib.Path) -> pathlib.Path:
-    """The folder where an export is made before it takes its place."""
+    """Returns the hidden folder in which an export is made and verified."""
     return out.with_name(f".{out.name}.partial")
 
 
 def _report(out: pathlib.Path) -> pathlib.Path:
-    """The report beside an export."""
+    """Returns the path of the report beside an export."""
     return out.with_name(f"{out.name}.report.json")
 
 
@@ -232,18 +238,21 @@ def _export(
     settings: ExportSettings,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """`export_network`, where no other process writes to ``out``."""
-    check_free(out, overwrite, folder=settings.format == "pytorch")  # it may have come since
+    """Exports while no other process writes to ``out``. Arguments as `export_network`."""
+    # Again: another process may have written it before this one held the lock.
+    check_new(out, overwrite=overwrite, folder=settings.format == "pytorch")
     partial = _partial(out)
     try:
-        _remove(partial)  # of an export that was killed
+        _remove(partial)  # an export that was killed has left it
     except OSError as error:
         raise cannot_write(out, error) from None
     network = _Source(load(source), settings)
     try:
         partial.mkdir()
-        made = partial / out.name
-        engine_name, engine, tolerance = WRITERS[settings.format](network, made)
+        export = partial / out.name
+        # The comparison runs in the engine that users will run, on the file that they will load.
+        # So it also finds mistakes of the format, of the reader and of the engine.
+        engine_name, engine, tolerance = _WRITERS[settings.format](network, export)
         report = verify(
             engine_name,
             network.reference,
@@ -255,17 +264,17 @@ def _export(
         report |= {
             "format": settings.format,
             "weights_digest": network.integer_model.weights_digest,
-            "bytes": _size(made),
+            "bytes": _size(export),
         }
         require(report)
-        prepared = partial / _report(out).name
-        # A full disk shows before anything is replaced.
-        write_whole(prepared, json.dumps(report, indent=1) + "\n")
-        _put(made, out)
-        _put(prepared, _report(out))
+        # Both files exist before the first is moved: a full disk must not leave half an export.
+        report_file = partial / _report(out).name
+        write_whole(report_file, json.dumps(report, indent=1) + "\n")
+        _move(export, out)
+        _move(report_file, _report(out))
     except OSError as error:
         raise cannot_write(out, error) from None
-    except UserError as error:  # name the place that the user gave
+    except UserError as error:  # name the path that the user gave, and not the hidden one
         raise UserError(str(error).replace(str(partial / out.name), str(out))) from None
     finally:
         with contextlib.suppress(OSError):
@@ -273,16 +282,16 @@ def _export(
     return report
 
 
-def _put(made: pathlib.Path, out: pathlib.Path) -> None:
-    """Moves an export to its place. A file replaces a file atomically; a folder does not."""
-    _check_folder(out)  # since the export began
-    if made.is_dir() or out.is_dir():
+def _move(source: pathlib.Path, out: pathlib.Path) -> None:
+    """Moves a file or folder to ``out``. A file replaces a file atomically; a folder does not."""
+    _check_folder(out)  # again: somebody may have added files while the export was made
+    if source.is_dir() or out.is_dir():
         _remove(out)
-    made.replace(out)
+    source.replace(out)
 
 
 def _check_folder(out: pathlib.Path) -> None:
-    """Raises UserError where a folder holds other files than those of an export."""
+    """Checks that a folder holds no other files than those of an export. Raises UserError."""
     if out.is_dir() and not {file.name for file in out.iterdir()} <= _PYTORCH_FILES:
         raise UserError(f"{out}: holds more than an export; name another folder", "exists")
 
@@ -303,11 +312,13 @@ def _packed(source: _Source, path: pathlib.Path) -> tuple[str, Engine, Tolerance
     save_packed(path, source.integer_model, source.settings.norm_dtype)
     engine = Predictor(from_integer_model(load_packed(path)))
     if source.settings.norm_dtype == "float16":
-        # Rounded norms move values to other codes, and those move others: on ResNet-20, CIFAR-10,
-        # 96% of images keep their class (92 to 99 by policy) at the same accuracy.
+        # With rounded norms some values get another code, and that changes later values too. On
+        # ResNet-20 and CIFAR-10, 96% of images keep their class (92% to 99% by policy), and the
+        # accuracy is the same.
         return "packed", engine, Tolerance(share=1.0, agreement=0.9)
-    # Integer sums are exact. The float multiply-adds around them are compiled twice, in two
-    # programs, and one rounding may differ: seen in 1 of 53,000 (one value, one code, 0.02).
+    # Integer sums are exact. The float multiply-adds around them are compiled in two programs that
+    # may round differently. That was seen once in 53,000 images: one value got another code, and a
+    # logit changed by 0.02.
     return "packed", engine, Tolerance(share=1e-3, agreement=0.999)
 
 
@@ -328,17 +339,17 @@ def _onnx(source: _Source, path: pathlib.Path) -> tuple[str, Engine, Tolerance]:
     runners = [OnnxRunner(path, optimization=level) for level in ("basic", "default")]
 
     def both(images: np.ndarray, policy: np.ndarray) -> np.ndarray:
-        """The default level's answer, or none where the basic level gives other classes."""
-        given = policy if runners[0].switchable else None
-        basic, default = (runner(images, given) for runner in runners)
+        """Returns the logits of the default level, or NaN if the basic level disagrees."""
+        bits = policy if runners[0].switchable else None
+        basic, default = (runner(images, bits) for runner in runners)
         if (basic.argmax(-1) != default.argmax(-1)).mean() > 0.01:
             return np.full_like(default, np.nan)
         return default
 
     engine_name = "onnxruntime, basic and default optimisation"
     if settings.fast:
-        # Residual branches in 8 bits: on ResNet-20, CIFAR-10, 88% (2 bits) to 97% (4 bits) of
-        # images keep their class. This guards against mistakes, not against that.
+        # The residual branches have 8 bits. On ResNet-20 and CIFAR-10, 88% (2 bits) to 97% (4 bits)
+        # of images keep their class. The tolerance allows that, and finds mistakes only.
         return engine_name, both, Tolerance(share=1.0, agreement=0.75)
     return engine_name, both, Tolerance()
 
@@ -367,14 +378,14 @@ def _safetensors(source: _Source, path: pathlib.Path) -> tuple[str, Engine, Tole
             "network": network.weights_digest,
         },
     )
-    again = from_variables(
+    read_back = from_variables(
         source.trained.model,
         load_raw(path),
         mean=network.mean,
         std=network.std,
         classes=network.classes,
     )
-    return "jax, variables read back", Predictor(again), EXACT
+    return "jax, variables read back", Predictor(read_back), EXACT
 
 
 def _stablehlo(source: _Source, path: pathlib.Path) -> tuple[str, Engine, Tolerance]:
@@ -384,7 +395,8 @@ def _stablehlo(source: _Source, path: pathlib.Path) -> tuple[str, Engine, Tolera
     return "stablehlo", StablehloRunner(path), Tolerance()
 
 
-WRITERS = {
+# Each writes the export and returns the name of its engine, the engine, and a tolerance.
+_WRITERS = {
     "packed": _packed,
     "onnx": _onnx,
     "pytorch": _pytorch,

@@ -177,7 +177,8 @@ class IntegerModel:
         """Checks that training used each pair of a policy ``[L]``. Raises UserError."""
         infos = [layer.info for layer in self.layers]
         missing = find_uncalibrated(infos, self.counts, self.space.choices, policy[None])
-        for name, predecessor, own in missing:
+        if missing:
+            name, predecessor, own = missing[0]
             raise UserError(
                 f"policy: layer {name} at {own} bits after {predecessor or 'any'} was never "
                 "visited in training; its batch norm is unknown",

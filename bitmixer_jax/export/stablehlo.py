@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitmixer_jax.archives import read_parts
 from bitmixer_jax.data import normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.description import Reader, describe
@@ -37,6 +36,7 @@ from bitmixer_jax.export.integer_model import IntegerModel
 from bitmixer_jax.files import open_file, parse_json, user_path, write_new
 from bitmixer_jax.loaded_model import check_images
 from bitmixer_jax.policy import check_policy
+from bitmixer_jax.zip_files import read_parts
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

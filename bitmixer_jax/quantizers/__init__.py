@@ -9,34 +9,16 @@ for each quantiser of weights, in `WEIGHT_QUANTIZERS`.
 """
 
 from bitmixer_jax import deprecated
-from bitmixer_jax.quantizers.lsq import (
-    activation_codes,
-    activation_step_size,
-    code_histogram,
-    gradient_scale,
-    init_step_size,
-    integer_range,
-)
-from bitmixer_jax.quantizers.weights import (
-    FIRST_LAST_QUANTIZER,
-    WEIGHT_QUANTIZERS,
-    WeightQuantizer,
-    step_size_count,
-    weight_codes,
-)
-
-__all__ = [
-    "FIRST_LAST_QUANTIZER",
-    "WEIGHT_QUANTIZERS",
-    "WeightQuantizer",
-    "activation_codes",
-    "activation_step_size",
-    "code_histogram",
-    "gradient_scale",
-    "init_step_size",
-    "integer_range",
-    "step_size_count",
-    "weight_codes",
-]
+from bitmixer_jax.quantizers.lsq import activation_codes as activation_codes
+from bitmixer_jax.quantizers.lsq import activation_step_size as activation_step_size
+from bitmixer_jax.quantizers.lsq import code_histogram as code_histogram
+from bitmixer_jax.quantizers.lsq import gradient_scale as gradient_scale
+from bitmixer_jax.quantizers.lsq import init_step_size as init_step_size
+from bitmixer_jax.quantizers.lsq import integer_range as integer_range
+from bitmixer_jax.quantizers.weights import FIRST_LAST_QUANTIZER as FIRST_LAST_QUANTIZER
+from bitmixer_jax.quantizers.weights import WEIGHT_QUANTIZERS as WEIGHT_QUANTIZERS
+from bitmixer_jax.quantizers.weights import WeightQuantizer as WeightQuantizer
+from bitmixer_jax.quantizers.weights import step_size_count as step_size_count
+from bitmixer_jax.quantizers.weights import weight_codes as weight_codes
 
 __getattr__ = deprecated.module_getattr(__name__)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from bitmixer_jax.deprecated import renamed_arguments
 from bitmixer_jax.policy import BitSpace
 
 _MIN_STEP_SIZE = 1e-8
+Grid = tuple[jax.Array, jax.Array, jax.Array]  # shift, Qn, Qp
 Rounding = Callable[[jax.Array, Any, Any, Any], jax.Array]
 
 
@@ -121,7 +122,7 @@ def activation_codes(
         index,
     )
     step_size = scale_gradient(step_sizes[index], scale)
-    return straight_through(nearest, 0.0, x, step_size, jnp.float32(1), qn, qp), step_size
+    return straight_through(nearest, 0.0, x, step_size, (jnp.float32(1), qn, qp)), step_size
 
 
 def activation_step_size(step_sizes: jax.Array, index: int) -> jax.Array:
@@ -157,7 +158,7 @@ def code_histogram(codes: jax.Array, bits: int, signed: bool) -> jax.Array:
     return jnp.bincount(whole, length=2**bits)
 
 
-def lookup(rows: list[tuple[float, ...]], index: Any) -> tuple[jax.Array, ...]:
+def lookup(rows: Sequence[tuple[float, ...]], index: Any) -> tuple[jax.Array, ...]:
     """Returns row ``index`` of a small constant table (exact, which a traced exp2 need not be)."""
     row = jnp.asarray(rows, jnp.float32)[index]
     return tuple(row[i] for i in range(len(rows[0])))
@@ -178,48 +179,36 @@ def nearest(u: jax.Array, shift: Any, qn: Any, qp: Any) -> jax.Array:
     return jnp.clip(jnp.round(u), qn, qp)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 5))
 def straight_through(
-    rounding: Rounding,
-    half: float,
-    v: jax.Array,
-    step_size: jax.Array,
-    shift: jax.Array,
-    qn: jax.Array,
-    qp: jax.Array,
-    divide: bool = False,
+    rounding: Rounding, half: float, v: jax.Array, step_size: Any, grid: Grid, divide: bool = False
 ) -> jax.Array:
-    """Returns ``rounding(v / step_size, shift, qn, qp)`` with the gradient of LSQ.
+    """Returns ``rounding(v / step_size, *grid)`` with the gradient of LSQ.
 
-    A custom_vjp, because the derivative of rounding is zero: the straight-through estimator takes
-    it for 1 inside the limits. Outside it must be 0; without that mask low widths lose accuracy.
+    This is a custom_vjp because the derivative of rounding is zero. The straight-through estimator
+    takes it for 1 inside the limits. Outside it is 0: without that mask low widths lose accuracy.
 
     Args:
-      rounding: gives the codes of ``u = v / step_size``; they are ``step_size * shift`` apart.
+      rounding: gives the codes of ``u = v / step_size``.
       half: what the codes add to whole numbers.
+      v: any shape, float32.
+      step_size: float32 scalar.
+      grid: (shift, Qn, Qp): the codes are ``step_size * shift`` apart, within the limits.
       divide: see the comment.
     """
     # The reciprocal: XLA makes of v / step_size now a division, now this, and codes of values at a
     # boundary would depend on the rest of the program. Other engines multiply, too. Only where a
     # gradient is taken it divides: XLA computes products again for each of their readers, quotients
     # once, which saves a sixth of a step on CPU (docs/performance.md).
-    return rounding(v / step_size if divide else v * (1 / step_size), shift, qn, qp)
+    return rounding(v / step_size if divide else v * (1 / step_size), *grid)
 
 
 def _forward(
-    rounding: Rounding,
-    half: float,
-    v: jax.Array,
-    step_size: Any,
-    shift: Any,
-    qn: Any,
-    qp: Any,
-    divide: bool,
+    rounding: Rounding, half: float, v: jax.Array, step_size: Any, grid: Grid, divide: bool
 ) -> Any:
     # straight_through, not rounding: a second derivative goes through this (search/hessian.py), and
     # rounding would stop it.
-    codes = straight_through(rounding, half, v, step_size, shift, qn, qp, True)
-    return codes, (v, step_size, shift, qn, qp)
+    return straight_through(rounding, half, v, step_size, grid, True), (v, step_size, grid)
 
 
 def _backward(rounding: Rounding, half: float, divide: bool, residuals: Any, g: jax.Array) -> Any:
@@ -228,12 +217,12 @@ def _backward(rounding: Rounding, half: float, divide: bool, residuals: Any, g: 
     So d code / d v = 1 / (step_size shift) and d code / d step_size = -u / step_size. Together with
     v_hat = code * step_size this gives the formulas at the top of the file.
     """
-    v, step_size, shift, qn, qp = residuals
+    v, step_size, (shift, qn, qp) = residuals
     u = v / step_size / shift
     top = qp + 2 * half  # a rounding down reaches its top code over a whole unit, qp..qp + 1
     g_inside = jnp.where((u > qn) & (u < top), g, 0)
     d_step_size = -jnp.sum(g_inside * u) / step_size
-    return g_inside / (step_size * shift), d_step_size, None, None, None
+    return g_inside / (step_size * shift), d_step_size, None
 
 
 straight_through.defvjp(_forward, _backward)

@@ -71,20 +71,20 @@ class WeightQuantizer:
         self, w: jax.Array, step_sizes: jax.Array, index: Any, space: BitSpace
     ) -> tuple[jax.Array, jax.Array]:
         """Quantises weights: see `weight_codes`; ``step_sizes`` is ``[step_size_count(space)]``."""
-        qn, qp, shift = lookup(
-            [(*integer_range(b, True), 2.0 ** (space.widest - b)) for b in space.choices], index
-        )
-        scale = lookup([(gradient_scale(w.size, b, True),) for b in space.choices], index)[0]
-        if not self.nested:
+        rows = [
+            (*integer_range(b, True), 2.0 ** (space.widest - b), gradient_scale(w.size, b, True))
+            for b in space.choices
+        ]
+        qn, qp, shift, scale = lookup(rows, index)
+        if self.nested:
+            # A shared step size s moves in proportion as the one in use, s_b = s shift, would on
+            # its own: hence d s_b / d s = 1 / shift (our derivation). The chain rule's shift is 4^d
+            # times that: at two bits of {2, 3, 4} s moves 16 times faster than LSQ's balance with
+            # the weights, and diverges.
+            step_size = scale_gradient(step_sizes[0], scale / jnp.square(shift))
+        else:
             step_size, shift = scale_gradient(step_sizes[index], scale), jnp.float32(1)
-            codes = straight_through(self.rounding, self.half, w, step_size, shift, qn, qp)
-            return codes, step_size
-        # A shared step size s moves in proportion as the one in use, s_b = s shift, would on its
-        # own: hence d s_b / d s = 1 / shift (our derivation). The chain rule's shift is 4^d times
-        # that: at two bits of {2, 3, 4} s moves 16 times faster than LSQ's balance with the
-        # weights, and diverges.
-        step_size = scale_gradient(step_sizes[0], scale / jnp.square(shift))
-        codes = straight_through(self.rounding, self.half, w, step_size, shift, qn, qp)
+        codes = straight_through(self.rounding, self.half, w, step_size, (shift, qn, qp))
         return codes, step_size * shift
 
     def truncate(self, codes: Any, shift: Any, code_bits: int) -> Any:

@@ -1,4 +1,4 @@
-"""What a search found, as Markdown lines for people."""
+"""Results of searches as lines of Markdown, for people."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import numpy as np
 from bitmixer_jax.front import Front
 from bitmixer_jax.search.session import FoundPolicy, SearchSession
 
-_ROWS = 12  # points of a front that a table shows
+_ROWS = 12  # most points of a front that a table shows
 
 
 def describe_policy(found: FoundPolicy) -> list[str]:
-    """A table of the policy found beside the uniform ones, and which images were read."""
+    """Returns a table of the policy and the uniform policies, and which images were read."""
     constraints, space = found.constraints, found.session.trained.model.space
     rows = ["| policy | top-1 on test, % |" + "".join(f" {c.cost.name} |" for c in constraints)]
     rows.append("|---|---|" + "---|" * len(constraints))
@@ -26,7 +26,7 @@ def describe_policy(found: FoundPolicy) -> list[str]:
 
 
 def describe_front(front: Front, session: SearchSession) -> list[str]:
-    """A table of some points of a front, and which images were read."""
+    """Returns a table of up to 12 points of a front, and which images were read."""
     points, cost = front.points, session.costs[front.cost]
     rows = [f"| {cost.name} | of the widest | top-1 on test, % | widths |", "|---|---|---|---|"]
     shown = np.unique(np.linspace(0, len(points) - 1, _ROWS).round().astype(int))
@@ -43,6 +43,7 @@ def describe_front(front: Front, session: SearchSession) -> list[str]:
 
 
 def _images_read(session: SearchSession, evaluations: int, examples: int) -> list[str]:
+    """Returns lines that say which images scored policies, and which tested the result."""
     seen = ""
     if session.seen_in_training:
         seen = (

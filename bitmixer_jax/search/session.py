@@ -1,19 +1,17 @@
-"""Searches on a trained network: the images that score policies, `search_policy`, `search_front`.
+"""Searches on a trained network: `search_policy` within a budget, and `search_front`.
 
-Searches see training data alone: by default what training left out of its split, else the images
-that it trained on. Test data are read once, when the search has ended.
+Policies are scored on training data: by default on images that training left out of its split, and
+if it left out none, on images that it used. The test data are read once, when the search has ended,
+so that no choice depends on them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import logging
-import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,104 +20,65 @@ import numpy as np
 
 from bitmixer_jax.cost import Cost, activation_peak, costs
 from bitmixer_jax.data import Dataset, normalize
-from bitmixer_jax.data.splits import (
-    ALL,
-    EmptySplit,
-    complement,
-    left_out,
-    overlap,
-    parse_split,
-    split_names,
-)
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator, make_evaluator, random_policies
 from bitmixer_jax.files import hold
 from bitmixer_jax.front import Front, Point
 from bitmixer_jax.policy import closest, save_policy
 from bitmixer_jax.search import hessian
-from bitmixer_jax.search.cache import EvaluationCache, file_name
+from bitmixer_jax.search.cache import EvaluationCache, file_name, writable
+from bitmixer_jax.search.ilp import IntegerProgram
+from bitmixer_jax.search.images import search_split
 from bitmixer_jax.search.problem import Constraint, Problem, parse_budget
 from bitmixer_jax.search.search import METHODS, Method, SearchResult, search
+from bitmixer_jax.search.settings import SearchSettings
 from bitmixer_jax.trained import Trained, load
 
-SENSITIVITIES = ("measured", "hessian")
-# Called with the number of policies evaluated, how many there will be, and the least loss so far.
+# Called with the number of policies evaluated, the most that there will be, and the least loss
+# within the budget so far.
 OnScores = Callable[[int, int, float], Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """How to search.
-
-    Attributes:
-      method: "greedy", "ilp", "evolution" or "random".
-      seed: of the choice of images and of the method's draws.
-      evaluations: policies that evolution and random may evaluate; the others need what they need.
-      sensitivity: for ilp: "measured", or "hessian" (second derivatives).
-      images: how many images score a policy.
-      split: of which split, such as "train[45000:]"; empty: what training left out of its split,
-        else that split.
-      data_dir: where the data are, if not where training found them.
-      latency: file of measured times, for the cost latency_ms.
-
-    Raises:
-      UserError: a value is not allowed.
-    """
-
-    method: str = "greedy"
-    seed: int = 0
-    evaluations: int = 512
-    sensitivity: str = "measured"
-    images: int = 2000
-    split: str = ""
-    data_dir: str | None = None
-    latency: str | pathlib.Path | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("method", self.method, tuple(METHODS)),
-            ("sensitivity", self.sensitivity, SENSITIVITIES),
-        ):
-            if value not in allowed:
-                raise UserError(
-                    f"{name} {value!r}{closest(value, allowed)}: one of {allowed}", "unknown-name"
-                )
-        if self.sensitivity != "measured" and self.method != "ilp":
-            raise UserError(f"sensitivity {self.sensitivity}: of method ilp alone", "conflict")
-        for name, number in (("evaluations", self.evaluations), ("images", self.images)):
-            if number < 1:
-                raise UserError(f"{name} {number}: give 1 or more")
+_HESSIAN_IMAGES = 512  # second derivatives keep the activations of all images in memory
 
 
 class SearchSession:
-    """A trained network with the images that score its policies, and the scores so far.
+    """A trained network, the images that score its policies, and a cache of the scores.
 
-    Scores are kept in ``WORKDIR/search``, so a search that was stopped goes on where it was.
+    The scores are stored in ``WORKDIR/search``. A search that was stopped reads them when it is run
+    again.
 
     Attributes:
-      trained, settings: as given.
-      costs: of the network's policies, by name.
-      split: the images that score policies are of it.
-      data: these images.
-      cache: gives the scores of policies, and remembers them.
-      seconds: that the last search took; scores known before count as when they were measured.
+      trained: the network, from `trained.load`.
+      settings: of the search.
+      costs: the costs of the network's policies, by name.
+      split: the split that the images are drawn from.
+      data: the images that score policies.
+      cache: returns the scores of policies, and stores them.
+      seconds: time of the last search; stored scores count with the time of their measurement.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> trained = bm.load("runs/digits")  # doctest: +SKIP
+      >>> session = SearchSession(trained, SearchSettings(method="ilp"))  # doctest: +SKIP
+      >>> problem = session.problem(session.costs["bitops"]).within(6e6)  # doctest: +SKIP
+      >>> session.search(problem).best().widths  # doctest: +SKIP
     """
 
     def __init__(self, trained: Trained, settings: SearchSettings):
-        """Opens the images.
+        """Opens the images and the stored scores.
+
+        Args:
+          trained: a network whose layers have widths.
+          settings: of the search.
 
         Raises:
-          UserError: a full-precision baseline, or no such images.
+          UserError: the network is a full-precision baseline; the split has images of the test
+            data, or does not exist; or the latency file or the stored scores cannot be used.
         """
         trained.require_widths("search")
         self.trained, self.settings = trained, settings
         self.seconds = 0.0
         self.costs = costs(trained.model, settings.latency)
-        self.split = settings.split or self._left_out()
-        if self._is_test(self.split):
-            raise UserError(
-                f"split {self.split}: that is test data; search on training data", "test-data"
-            )
+        self.split = search_split(trained, settings)
         data = trained.load_split(self.split, settings.data_dir)
         rows = np.random.default_rng(settings.seed).permutation(len(data))[: settings.images]
         self.data: Dataset = data.subset(rows)
@@ -137,55 +96,23 @@ class SearchSession:
             "images": len(self.data),
             "seed": settings.seed,
         }
-        self._file = _writable(trained.folder / "search" / file_name(about))
+        self._file = writable(trained.folder / "search" / file_name(about))
         self.cache = EvaluationCache(
             lambda policies: evaluator.scores(trained.variables, policies), self._file, about
         )
 
-    def _left_out(self) -> str:
-        """The part of its split that training did not use; where there is none, the split."""
-        used = self.trained.run.train_split
-        names = split_names(used)
-        if "+" in used and ALL not in names:
-            rest = complement(used, self._counts(names))
-        else:
-            rest = left_out(used) or ""
-        if not rest:
-            return used
-        try:
-            self.trained.load_split(rest, self.settings.data_dir)
-        except EmptySplit:  # such as train[100%:]
-            return used
-        return used if self._is_test(rest) else rest
-
-    def _is_test(self, split: str) -> bool:
-        """Whether a split has images of the test data."""
-        run = self.trained.run
-        names, train, test = (
-            {*split_names(text)} for text in (split, run.train_split, run.test_split)
-        )
-        if ALL in names | test:
-            return True
-        shared = names & test
-        if shared - train and ALL not in train:
-            return True
-        if not shared:
-            return False
-        counts = self._counts(names | test)
-        return overlap(parse_split(split, counts), parse_split(run.test_split, counts))
-
-    def _counts(self, names: Iterable[str]) -> dict[str, int]:
-        """How many images each of these splits has."""
-        data_dir = self.settings.data_dir
-        return {name: len(self.trained.load_split(name, data_dir)) for name in names}
-
     @property
     def seen_in_training(self) -> bool:
-        """Whether the images that score policies were trained on, as far as is known."""
+        """Whether training used the images; False if the settings name their split."""
         return not self.settings.split and self.split == self.trained.run.train_split
 
     def problem(self, objective: Cost, constraints: tuple[Constraint, ...] = ()) -> Problem:
-        """The widths of this network as a search problem."""
+        """Returns the search problem of this network.
+
+        Args:
+          objective: a cost, from ``costs``.
+          constraints: the budget; () looks for a front.
+        """
         return Problem(
             space=self.trained.model.space,
             groups=self.trained.groups,
@@ -194,28 +121,36 @@ class SearchSession:
         )
 
     def method(self, problem: Problem) -> Method:
-        """The method that the settings name, with its settings."""
-        s = self.settings
-        if s.method in ("evolution", "random"):
-            return METHODS[s.method](policies=s.evaluations)
-        if s.method == "ilp" and s.sensitivity == "hessian":
-            few = slice(0, min(512, len(self.data)))
+        """Returns the method that the settings name, with its settings."""
+        settings = self.settings
+        if settings.method in ("evolution", "random"):
+            return METHODS[settings.method](policies=settings.evaluations)
+        if settings.sensitivity == "hessian":
+            few = slice(0, min(_HESSIAN_IMAGES, len(self.data)))
             table = hessian.sensitivity(
                 problem,
                 self.trained.model,
                 self.trained.variables,
                 normalize(jnp.asarray(self.data.images[few]), self.data.mean, self.data.std),
                 jnp.asarray(self.data.labels[few]),
-                jax.random.key(s.seed),
+                jax.random.key(settings.seed),
             )
-            return METHODS["ilp"](sensitivity=table)
-        return METHODS[s.method]()
+            return IntegerProgram(sensitivity=table)
+        return METHODS[settings.method]()
 
     def search(self, problem: Problem, on_scores: OnScores = lambda *_: None) -> SearchResult:
-        """Runs the search.
+        """Searches with the method that the settings name.
+
+        Args:
+          problem: from `problem`.
+          on_scores: called after each step with the number of policies evaluated, the most that
+            there will be, and the least loss within the budget.
+
+        Returns:
+          all policies that were evaluated.
 
         Raises:
-          UserError: another process searches with the same file of scores.
+          UserError: another process uses the same file of scores, or the file cannot be written.
         """
         with self._locked():
             start, before, spent = time.perf_counter(), self.cache.seconds, self.cache.spent
@@ -226,23 +161,23 @@ class SearchSession:
                 method,
                 self.cache,
                 seed=self.settings.seed,
-                on_scores=lambda number, best: on_scores(number, total, best),
+                on_scores=lambda number, least: on_scores(number, total, least),
             )
-            own = time.perf_counter() - start - (self.cache.spent - spent)
-            self.seconds = own + self.cache.seconds - before
+            # A resumed search reports the time of the whole search: that of the method, and that of
+            # all measurements, which the file of scores holds.
+            method_seconds = time.perf_counter() - start - (self.cache.spent - spent)
+            self.seconds = method_seconds + self.cache.seconds - before
             return result
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from using the file of scores."""
         if self._file is None:
-            yield
-            return
+            return contextlib.nullcontext()
         lock = self._file.with_name(f".{self._file.name}.lock")
-        with hold(lock, f"search scores {self._file}"):
-            yield
+        return hold(lock, f"search scores {self._file}")
 
     def about(self, result: SearchResult) -> dict[str, Any]:
-        """What a policy or front file says of how it was found: a JSON tree."""
+        """Returns how a result was found, as JSON values for a policy file or a front file."""
         return {
             "method": self.settings.method,
             "seed": self.settings.seed,
@@ -253,39 +188,32 @@ class SearchSession:
         }
 
     def top1_on_test(self, policies: Any) -> tuple[np.ndarray, int]:
-        """Test accuracy of policies int32 ``[M, L]``, and how many images the test split has."""
+        """Measures the accuracy of policies on the test data.
+
+        Args:
+          policies: ``[M, L]`` widths in bits.
+
+        Returns:
+          accuracies float64 ``[M]``, from 0 to 1, and the number of test images.
+        """
         evaluator = make_evaluator(self.trained, self.settings.data_dir)
         top1 = evaluator.top1(self.trained.variables, np.asarray(policies, np.int32))
         return top1, evaluator.examples
 
 
-def _writable(path: pathlib.Path) -> pathlib.Path | None:
-    """Returns the path of a file of scores; None where the workdir cannot be written."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        logging.getLogger(__name__).warning(
-            "%s: cannot write there (%s); scores are not kept, so a search that is stopped starts "
-            "again",
-            *(path.parent, error.strerror),
-        )
-        return None
-    return path
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class FoundPolicy:
-    """The best policy within a budget.
+    """The best policy within a budget, and what it was compared with.
 
     Attributes:
-      point: its widths, cost (of the first constraint), loss and accuracies.
+      point: widths, cost (of the first constraint), loss and accuracies of the policy.
       constraints: the budget.
-      uniform: test accuracy of each uniform policy, by width.
+      uniform: test accuracy of each uniform policy, from 0 to 1, by width in bits.
       examples: number of test images.
-      result: all that was evaluated.
-      session: with which it was searched.
+      result: all policies that were evaluated.
+      session: the session of the search.
+
+    `search_policy` has an example.
     """
 
     point: Point
@@ -296,7 +224,15 @@ class FoundPolicy:
     session: SearchSession
 
     def save(self, path: str | pathlib.Path, *, overwrite: bool = False) -> None:
-        """Writes a policy file that also says how the policy was found. Raises as `save_policy`."""
+        """Writes a policy file that also stores the costs, the budget, the search and the test.
+
+        Args:
+          path: the file.
+          overwrite: whether to replace a file that has other content.
+
+        Raises:
+          UserError: as `policy.save_policy`.
+        """
         session, widths = self.session, np.asarray(self.point.widths)
         model = session.trained.model
         cost = {name: float(cost(widths)) for name, cost in session.costs.items()}
@@ -327,22 +263,36 @@ def search_policy(
 ) -> FoundPolicy:
     """Finds the best policy of a trained network within a budget.
 
-        found = bm.search_policy("runs/digits", "bitops=60%", method="ilp")
-        found.point.widths, found.point.test_top1
-        found.save("policy.json")
+      minimise loss(policy)  subject to  cost(policy) <= limit  for each limit of the budget
+
+    The loss is the mean cross-entropy on training images. The policy of least loss and the uniform
+    policies are then tested once on the test data.
 
     Args:
-      source: WORKDIR, WORKDIR@STAGE, or what `trained.load` returned.
-      budget: as `parse_budget` reads it, such as "avg_bits=3" or ["bitops=60%", "bytes=40000"].
-      on_scores: called after each step of the search with the number of policies evaluated, how
-        many there will be at most, and the least loss within the budget.
+      source: WORKDIR, WORKDIR@STAGE, or a network from `trained.load`.
+      budget: text, or several texts, as `parse_budget` reads them: "avg_bits=3", or
+        ["bitops=60%", "bytes=40000"].
+      on_scores: called after each step of the search with the number of policies evaluated, the
+        most that there will be, and the least loss within the budget.
       settings: the attributes of `SearchSettings`, such as ``method`` and ``images``.
 
+    Returns:
+      the policy of least loss that was evaluated.
+
     Raises:
-      UserError: as `trained.load`, `SearchSession`, `parse_budget`, `Problem` and
-        `SearchResult.best`.
+      UserError: a setting or the budget is not allowed, no policy fits the budget, or as
+        `trained.load` and `SearchSession`.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> found = bm.search_policy("runs/digits", "bitops=60%", method="ilp")  # doctest: +SKIP
+      >>> found.point.widths, found.point.test_top1  # doctest: +SKIP
+      >>> found.save("policy.json")  # doctest: +SKIP
+
+    Reference: Bulat and Tzimiropoulos, Bit-Mixer, ICCV 2021 (greedy); Yao et al., HAWQ-V3, ICML
+    2021 (ilp).
     """
-    checked = SearchSettings(**settings)
+    checked = SearchSettings(**settings)  # a mistake is found before the network is loaded
     session = SearchSession(load(source), checked)
     model, space = session.trained.model, session.trained.model.space
     texts = [budget] if isinstance(budget, str) else budget
@@ -369,24 +319,34 @@ def search_front(
     on_scores: OnScores = lambda *_: None,
     **settings: Any,
 ) -> tuple[Front, SearchSession]:
-    """Finds the Pareto front of a trained network over the whole range of a cost.
+    """Finds the Pareto front of loss and a cost, over the whole range of the cost.
 
-        front, session = bm.search_front("runs/digits", "bitops")
-        front.best(6e6).widths
-        front.save("front.json")
+    The policies of the front, the uniform policies and random policies are then tested once on the
+    test data.
 
     Args:
-      source, on_scores, settings: as `search_policy`.
+      source: WORKDIR, WORKDIR@STAGE, or a network from `trained.load`.
       cost: a key of `cost.costs`.
-      random: how many random policies are evaluated beside it, for comparison.
+      random: how many random policies to test for comparison, 0 or more.
+      on_scores: as in `search_policy`.
+      settings: the attributes of `SearchSettings`, such as ``method`` and ``images``.
 
     Returns:
-      the front, whose notes hold test accuracies of uniform and random policies; and the session.
+      the front and the session of the search. The notes of the front hold the test accuracies of
+      the uniform policies and of the random policies.
 
     Raises:
-      UserError: an unknown cost, or as `search_policy`.
+      UserError: a setting or the cost is not allowed, or as `trained.load` and `SearchSession`.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> front, session = bm.search_front("runs/digits", "bitops")  # doctest: +SKIP
+      >>> front.best(6e6).widths  # doctest: +SKIP
+      >>> front.save("front.json")  # doctest: +SKIP
+
+    Reference: Deb et al., NSGA-II, IEEE Transactions on Evolutionary Computation, 2002 (evolution).
     """
-    checked = SearchSettings(**settings)
+    checked = SearchSettings(**settings)  # a mistake is found before the network is loaded
     session = SearchSession(load(source), checked)
     model, space = session.trained.model, session.trained.model.space
     if cost not in session.costs:
@@ -396,16 +356,16 @@ def search_front(
     objective = session.costs[cost]
     result = session.search(session.problem(objective), on_scores)
     points = result.front()
-    drawn = random_policies(model, random, session.settings.seed, session.trained.groups)
+    drawn = random_policies(model, random, checked.seed, session.trained.groups)
     uniform = np.stack([space.uniform(width, model.num_layers) for width in space.choices])
     top1, examples = session.top1_on_test(
         np.concatenate([[point.widths for point in points], uniform, drawn])
     )
 
-    def reference(policies: np.ndarray, top1: np.ndarray) -> list[dict[str, Any]]:
+    def tested(policies: np.ndarray, accuracies: np.ndarray) -> list[dict[str, Any]]:
         return [
             {"widths": policy.tolist(), "cost": float(objective(policy)), "test_top1": float(t)}
-            for policy, t in zip(policies, top1, strict=True)
+            for policy, t in zip(policies, accuracies, strict=True)
         ]
 
     of_points, of_uniform, of_drawn = np.split(top1, [len(points), len(points) + len(uniform)])
@@ -422,8 +382,8 @@ def search_front(
         notes={
             "search": session.about(result),
             "test": {"examples": examples},
-            "uniform": reference(uniform, of_uniform),
-            "random": reference(drawn, of_drawn),
+            "uniform": tested(uniform, of_uniform),
+            "random": tested(drawn, of_drawn),
         },
     )
     return front, session

@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bitmixer_jax.archives import refuse_bombs
 from bitmixer_jax.errors import UserError, reason
 from bitmixer_jax.files import open_file, user_path
 from bitmixer_jax.models import Network
 from bitmixer_jax.models.resnet import ResNet
+from bitmixer_jax.zip_files import refuse_bombs
 
 _NORM = {
     "params": {"scale": "weight", "bias": "bias"},

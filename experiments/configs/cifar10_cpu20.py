@@ -1,6 +1,6 @@
 """CIFAR-10 with a ResNet-20 sized for CPUs: 18 quantised layers, a stem of stride 2.
 
-The last tenth of the training images is left to the search for policies.
+Training leaves the last tenth of the training images to the search for policies.
 
     bitmixer train --config experiments/configs/cifar10_cpu20.py:float --workdir runs/float20-s0
     bitmixer train --config experiments/configs/cifar10_cpu20.py --workdir runs/net20-s0 \\

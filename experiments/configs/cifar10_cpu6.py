@@ -1,6 +1,6 @@
 """CIFAR-10 with 6 quantised layers of 16 channels: 729 policies, few enough to try them all.
 
-The last tenth of the training images is left to the search for policies.
+Training leaves the last tenth of the training images to the search for policies.
 
     bitmixer train --config experiments/configs/cifar10_cpu6.py:float --workdir runs/float6-s0
     bitmixer train --config experiments/configs/cifar10_cpu6.py --workdir runs/net6-s0 \\

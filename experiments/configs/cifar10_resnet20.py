@@ -5,7 +5,7 @@
     bitmixer train --config experiments/configs/cifar10_resnet20.py --workdir runs/r20 \
         --config.init_from=runs/r20-float
 
-For an accelerator. No run of it has been made yet, so no time and no accuracy are given.
+This is for an accelerator. No run of it has been made yet, so no time and no accuracy are given.
 """
 
 from bitmixer_jax.training import baseline_config, default_config

@@ -1,6 +1,7 @@
 """bitmixer export and predict on a trained workdir."""
 
 import contextlib
+import dataclasses
 import io
 import json
 
@@ -12,7 +13,7 @@ from bitmixer_jax import data
 from bitmixer_jax.cli import main
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export import ExportSettings, export, export_network
-from bitmixer_jax.export.packed import load_packed
+from bitmixer_jax.export.packed import load_packed, save_packed
 from bitmixer_jax.export.verify import summary
 from bitmixer_jax.predict import predict_files
 from bitmixer_jax.runtime import Runtime
@@ -88,12 +89,11 @@ def test_float16_tables_are_smaller(trained, packed, tmp_path):
 
 
 def test_a_mismatch_fails_and_leaves_nothing(trained, tmp_path, monkeypatch):
-    def wrong(*arguments):
-        what, engine, tolerance = write_packed(*arguments)
-        return what, lambda images, policy: engine(images, policy) + 1, tolerance
+    def wrong(path, network, *rest):
+        head = dataclasses.replace(network.head, kernel=-network.head.kernel)
+        save_packed(path, dataclasses.replace(network, head=head), *rest)
 
-    write_packed = export.WRITERS["packed"]
-    monkeypatch.setitem(export.WRITERS, "packed", wrong)
+    monkeypatch.setattr(export, "save_packed", wrong)
     with pytest.raises(UserError, match="MISMATCH"):
         export_network(trained, tmp_path / "net", format="packed", **QUICK)
     assert list(tmp_path.iterdir()) == []
@@ -115,13 +115,13 @@ def test_what_is_there_is_kept_unless_told(trained, tmp_path):
     [
         (dict(format="tflite"), "unknown"),
         (dict(format="onyx"), "did you mean onnx"),
-        (dict(format="packed", policy="3"), "policy 3: of format onnx alone"),
+        (dict(format="packed", policy="3"), "policy 3: only for format onnx"),
         (dict(format="onnx", storage_dtype="int4"), "give a policy"),
         (dict(format="onnx", fast=True), "fast.*give a policy"),
-        (dict(format="packed", fast=True), "fast.*of one policy alone"),
+        (dict(format="packed", fast=True), "fast.*one policy"),
         (dict(format="onnx", policy="3", fast=True, storage_dtype="int4"), "only int8 is fast"),
-        (dict(format="onnx", norm_dtype="float16"), "of format packed alone"),
-        (dict(format="onnx", changes={"a": 2}), "changes of widths: of a policy"),
+        (dict(format="onnx", norm_dtype="float16"), "only for format packed"),
+        (dict(format="onnx", changes={"a": 2}), "changes of widths need a policy"),
         (dict(format="packed", images=0), "images 0"),
     ],
 )

@@ -1,5 +1,7 @@
 """Integer execution against the simulated network."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,15 @@ import pytest
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.integer_engine import run_integer, tensors
 from bitmixer_jax.export.integer_model import to_integer_model, truncate_bits
-from tests.export.networks import EACH_KIND, images, integer_model, network, policies
+from bitmixer_jax.export.packed import pack, unpack
+from bitmixer_jax.quantizers import WEIGHT_QUANTIZERS as WEIGHT_QUANTIZER_OBJECTS
+from tests.export.networks import (
+    EACH_KIND,
+    images,
+    integer_model,
+    network,
+    policies,
+)
 
 
 @EACH_KIND
@@ -105,3 +115,19 @@ def test_pairs_never_visited_are_refused():
     found.check_calibrated(np.full(6, 4))
     with pytest.raises(UserError, match=r"conv2 at 2 bits after 4 was never visited"):
         found.check_calibrated(np.asarray([4, 2, 2, 2, 2, 2]))
+
+
+def test_a_new_weight_quantiser_needs_one_class(monkeypatch):
+    class Renamed(type(WEIGHT_QUANTIZER_OBJECTS["floor"])):
+        name = "renamed"
+
+    monkeypatch.setitem(WEIGHT_QUANTIZER_OBJECTS, "renamed", Renamed())
+    model, variables = network("resnet8")
+    other = model.clone(quant=dataclasses.replace(model.quant, weight_quantizer="renamed"))
+    about = dict(mean=[0.0], std=[1.0], classes=("a", "b", "c"), weights_digest="")
+    found = unpack(pack(to_integer_model(other, variables, **about)), "file")
+    policy = policies("resnet8")[-1]
+    np.testing.assert_array_equal(
+        run_integer(found, images("resnet8"), policy),
+        run_integer(integer_model("resnet8"), images("resnet8"), policy),
+    )
