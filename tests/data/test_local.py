@@ -189,7 +189,7 @@ def test_damage_is_refused_or_changes_nothing(
     assert len(errors) > 100
     for error in errors:
         assert error.code == "damaged"
-        check_line(str(error), path)
+        check_line(str(error), prepared / "mnist")
         assert len(str(error)) < 2000
 
 

@@ -24,7 +24,7 @@ def test_the_core_does_not_import_preparation():
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("prepare", preparation.prepare), ("StreamingDataset", data.StreamingDataset)],
+    [("prepare", preparation.prepare), ("Streamed", data.StreamingDataset)],
 )
 def test_old_names_work_with_a_warning(old, new):
     with pytest.warns(

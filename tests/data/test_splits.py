@@ -1,6 +1,5 @@
 """Splits as tensorflow-datasets writes them: the same examples as there, sums, what is left."""
 
-import pathlib
 import random
 
 import numpy as np
@@ -29,13 +28,14 @@ def theirs(split, counts):
         for name, count in counts.items()
     ]
     try:
-        files = tfds.core.splits.SplitDict(infos)[split].file_instructions
+        absolute = tfds.core.splits._make_absolute_instructions(infos, split)
     except Exception:
         return None
     found = []
-    for file in files:  # one for each split: toy-NAME.array_record-00000-of-00001
-        name = pathlib.PurePath(file.filename).name.removeprefix("toy-").partition(".")[0]
-        found += [(name, i) for i in range(file.skip, file.skip + file.take)]
+    for each in absolute:
+        count = counts[each.splitname]
+        stop = count if each.to is None else each.to
+        found += [(each.splitname, i) for i in range(each.from_ or 0, stop)]
     return found
 
 
