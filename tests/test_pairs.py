@@ -8,8 +8,9 @@ import pytest
 
 import bitmixer_jax as bm
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.integer_engine import from_integer_model
 from bitmixer_jax.export.integer_model import to_integer_model
-from bitmixer_jax.loaded_model import from_integer_model, from_variables
+from bitmixer_jax.loaded_model import from_variables
 from bitmixer_jax.pairs import calibrated, find_uncalibrated
 from tests.export.networks import integer_model, network
 
