@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 
 import bitmixer_jax as bm
+from tests.refusals import refused
 
 SPACE = bm.BitSpace((2, 3, 4))
 NAMES = ("stage1.conv1", "stage1.conv2", "stage2.conv1")
@@ -36,13 +37,16 @@ def looks_uniform(values, categories):
     [(), (3, 2), (2, 2), (1, 2), (0,), (8, 9), (-2,), (2.0, 3), (True, 2), ("2",), "234", 3],
 )
 def test_bitspace_refuses_choices_that_are_not_ascending_whole_numbers_from_2_to_8(choices):
-    with pytest.raises(bm.UserError, match="bit-widths"):
+    with refused("bad-value", repr(choices)):
         bm.BitSpace(choices)
 
 
-def test_bitspace_names_what_is_missing_for_one_bit():
-    with pytest.raises(bm.UserError, match="sign quantiser"):
+def test_bitspace_refuses_one_bit_for_a_reason_of_its_own():
+    with refused("bad-value", (1, 2)) as caught:
         bm.BitSpace((1, 2))
+    assert "2..8" not in str(caught.value)
+    with refused("bad-value", (0, 2), "2..8"):
+        bm.BitSpace((0, 2))
 
 
 def test_bitspace_keeps_lists_and_numpy_integers_as_a_tuple_of_ints():
@@ -59,35 +63,37 @@ def test_uniform_gives_every_layer_the_width():
     assert policy.tolist() == [3] * 5
 
 
-@pytest.mark.parametrize("width", [1, 5, 2.7, True])
-def test_uniform_refuses_a_width_that_is_not_a_choice(width):
-    with pytest.raises(bm.UserError):
+@pytest.mark.parametrize(
+    ("width", "code"),
+    [(1, "policy-width"), (5, "policy-width"), (2.7, "policy-form"), (True, "policy-form")],
+)
+def test_uniform_refuses_a_width_that_is_not_a_choice(width, code):
+    with refused(code, width, (2, 3, 4)):
         SPACE.uniform(width, 5)
 
 
 @pytest.mark.parametrize(
-    "policy",
+    ("policy", "code", "mentions"),
     [
-        [4, 3],
-        [4, 3, 2, 2],
-        [4, 3, 5],
-        [4, 3, 2.0],
-        [4, 3, None],
-        "432",
-        4,
-        [[[4, 3, 2]]],
-        [[4, 3, 2], [4, 3]],
-        [True, True, True],
-        [4, 3, 2**70],
+        ([4, 3], "policy-length", (2, 3)),
+        ([4, 3, 2, 2], "policy-length", (4, 3)),
+        ([4, 3, 5], "policy-width", (5, (2, 3, 4))),
+        *(
+            (policy, "policy-form", (repr(policy), (2, 3, 4)))
+            for policy in (
+                *([4, 3, 2.0], [4, 3, None], "432", 4, [[[4, 3, 2]]], [[4, 3, 2], [4, 3]]),
+                *([True, True, True], [4, 3, 2**70]),
+            )
+        ),
     ],
 )
-def test_check_refuses_what_is_not_one_width_per_layer(policy):
-    with pytest.raises(bm.UserError, match="policy"):
+def test_check_refuses_what_is_not_one_width_per_layer(policy, code, mentions):
+    with refused(code, *mentions):
         SPACE.check(policy, 3)
 
 
 def test_check_names_the_width_and_the_layer_at_fault():
-    with pytest.raises(bm.UserError, match=r"width 7 \(layer 1\).*\(2, 3, 4\)"):
+    with refused("policy-width", 7, 1, (2, 3, 4)):
         SPACE.check([4, 7, 2], 3)
 
 
@@ -220,5 +226,5 @@ def test_sample_average_depends_on_its_key_alone():
     ("choices", "average"), [((2, 3, 4), 1.0), ((2, 3, 4), 4.5), ((2, 4, 8), 3.0), ((2, 3), -1.0)]
 )
 def test_sample_average_refuses_an_average_that_no_policy_has(choices, average):
-    with pytest.raises(bm.UserError, match="no policy of 3 layers"):
+    with refused("out-of-reach", average, 3, f"[{choices[0]}, {choices[-1]}]"):
         bm.sample_average(jax.random.key(0), bm.BitSpace(choices), 3, average)

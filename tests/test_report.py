@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import evaluate
 from bitmixer_jax.report import plot_curves, report, table, write_report
 from bitmixer_jax.trained import load
 from bitmixer_jax.training import train
 from bitmixer_jax.training.metrics import METRICS_FILE, Metrics, read_metrics
+from tests.refusals import refused
 
 
 def assert_real_plot(path):
@@ -93,7 +93,7 @@ def test_report_of_pairs_not_visited_yet_leaves_accuracies_out(trained, tiny, tm
 def test_file_in_place_of_the_report_is_an_error(trained, tmp_path):
     (tmp_path / "report").write_text("")
     loaded = dataclasses.replace(load(trained), folder=tmp_path)
-    with pytest.raises(UserError, match="report: cannot write there"):
+    with refused("not-writable", tmp_path / "report"):
         write_report(loaded, {})
 
 
@@ -165,7 +165,7 @@ def test_record_after_a_cut_line_is_kept(tmp_path):
 
 def test_file_in_place_of_the_workdir_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write there"):
+    with refused("not-writable", tmp_path / "file"):
         Metrics(tmp_path / "file", 0)
 
 
