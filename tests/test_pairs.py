@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import bitmixer_jax as bm
+from bitmixer_jax.export.integer_engine import from_integer_model
 from bitmixer_jax.export.integer_model import to_integer_model
-from bitmixer_jax.loaded_model import from_integer_model, from_variables
+from bitmixer_jax.loaded_model import from_variables
 from bitmixer_jax.pairs import calibrated, find_uncalibrated
 from tests.export.networks import integer_model, network
 from tests.refusals import refused
