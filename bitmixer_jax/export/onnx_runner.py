@@ -158,7 +158,7 @@ class OnnxRunner:
         feed: dict[str, Any] = {"images": check_images(images, self.image_shape)}
         if self.switchable:
             if policy is None:
-                raise UserError("a switchable ONNX file: give a policy")
+                raise UserError("a switchable ONNX file: give a policy", "missing-value")
             feed["policy"] = check_policy(policy, self.space, len(self.names)).astype(np.int64)
         elif policy is not None:
             raise UserError(
