@@ -105,7 +105,8 @@ class Network(nn.Module):
         """
         if self.quant.space is None:
             raise UserError(
-                "a float twin has no bit-widths; use the network it was made from", "no-widths"
+                "a full-precision baseline has no bit-widths; use the network that it belongs to",
+                "no-widths",
             )
         return self.quant.space
 

@@ -210,7 +210,7 @@ def test_policies_that_do_not_fit_are_refused(switchable, tmp_path):
 
 
 def test_other_files_are_refused(switchable, tmp_path):
-    with refused("not-readable", tmp_path / "none.onnx"):
+    with refused("no-such-file", tmp_path / "none.onnx"):
         OnnxRunner(tmp_path / "none.onnx")
     whole = switchable("resnet8").read_bytes()
     path = tmp_path / "damaged.onnx"

@@ -126,7 +126,7 @@ def test_predict_says_in_one_line_what_is_no_model(end, tmp_path):
         pytest.importorskip("onnxruntime")
     (tmp_path / f"folder{end}").mkdir()
     os.mkfifo(tmp_path / f"pipe{end}")
-    absent = "not-readable" if end == ".onnx" else "no-such-file"
+    absent = "no-such-file"
     for name, code in (
         *(("folder", "no-run"), ("pipe", "not-readable"), ("none", absent)),
         *(("x" * 300, "not-readable"), ("\udcff", absent)),

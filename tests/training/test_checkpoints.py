@@ -328,7 +328,7 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "code"), [("{", "not-readable"), ("[1]", "wrong-format"), ("", "not-readable")]
+    ("text", "code"), [("{", "damaged"), ("[1]", "wrong-format"), ("", "damaged")]
 )
 def test_damaged_configuration_names_the_file(tmp_path, text, code):
     (tmp_path / "config.json").write_text(text)

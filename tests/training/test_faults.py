@@ -49,7 +49,7 @@ def test_a_damaged_entry_about_the_data_is_one_line(trained, tmp_path, key, valu
     config["dataset_info"][key] = value
     (workdir / "config.json").write_text(json.dumps(config))
     # JSON has no infinity, so that file is not JSON.
-    with refused("not-readable" if value == [1e400] else "damaged", workdir / "config.json"):
+    with refused("damaged", workdir / "config.json"):
         load(workdir)
 
 
