@@ -59,7 +59,8 @@ NAMES: dict[str, dict[str, str]] = {
     "layers": {"Quantization": "QuantConfig"},
     "loaded_model": {
         "Runnable": "LoadedModel",
-        "of_deployed": "from_integer_model",
+        "load": "runtime.load_model",
+        "of_deployed": "export.integer_engine.from_integer_model",
         "of_model": "from_variables",
     },
     "pairs": {
@@ -109,8 +110,10 @@ def module_getattr(module: str) -> Callable[[str], Any]:
     def getattr_(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warn(f"{module}.{name}", f"{module}.{names[name]}")
-        return getattr(sys.modules[module], names[name])
+        home, _, new = names[name].rpartition(".")  # a name with dots is of another module
+        target = f"{PACKAGE}.{home}" if home else module
+        warn(f"{module}.{name}", f"{target}.{new}")
+        return getattr(importlib.import_module(target), new)
 
     return getattr_
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bitmixer_jax import deprecated
-from bitmixer_jax.errors import UserError, reason
+from bitmixer_jax.errors import Code, UserError, reason
 
 AXIS = "batch"  # name of the axis over devices, for lax.pmean and axis_index
 LOST = 75  # exit status: another process was lost; start all of them again
@@ -235,14 +235,14 @@ def on_primary(action: Callable[[], Any], check: Callable[[], Any]) -> None:
         try:
             action()
         except UserError as error:
-            sent = str(error).encode()[:_MESSAGE_BYTES]
+            sent = f"{error.code} {error}".encode()[:_MESSAGE_BYTES]
     # Only arrays of one shape can be broadcast, so the message is padded with zeros.
     buffer = np.zeros(_MESSAGE_BYTES, np.uint8)
     buffer[: len(sent)] = np.frombuffer(sent, np.uint8)
     received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8))
-    message = received.rstrip(b"\0").decode(errors="replace")
+    code, _, message = received.rstrip(b"\0").decode(errors="replace").partition(" ")
     if message:
-        raise UserError(message)
+        raise UserError(message, cast(Code, code))
     if not is_primary():
         check()
 

@@ -44,23 +44,23 @@ def user_path(text: str | os.PathLike[str]) -> pathlib.Path:
       Traceback (most recent call last):
       bitmixer_jax.errors.UserError: gs://bucket/run: paths of gs:// are not supported; ...
     """
-    given = os.fspath(text)
-    scheme, separator, _ = given.partition("://")
+    name = os.fspath(text)
+    scheme, separator, _ = name.partition("://")
     if separator and scheme.isalnum():
         raise UserError(
-            f"{given}: paths of {scheme}:// are not supported; give a folder of a mounted file "
+            f"{name}: paths of {scheme}:// are not supported; give a folder of a mounted file "
             "system (gcsfuse mounts a gs:// bucket)",
             "bad-path",
         )
-    if not given:
+    if not name:
         raise UserError("the path is empty; give . for the current folder", "bad-path")
-    if "\0" in given:
-        raise UserError(f"{given!r}: a path cannot contain a null character", "bad-path")
+    if "\0" in name:
+        raise UserError(f"{name!r}: a path cannot contain a null character", "bad-path")
     try:
-        return pathlib.Path(given).expanduser()
+        return pathlib.Path(name).expanduser()
     except RuntimeError:
         raise UserError(
-            f"{given}: this user has no home folder; give the whole path", "bad-path"
+            f"{name}: this user has no home folder; give the whole path", "bad-path"
         ) from None
 
 
@@ -137,12 +137,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_user_file(
-    given: str | os.PathLike[str], what: str = "file", limit: int | None = None
+    name: str | os.PathLike[str], what: str = "file", limit: int | None = None
 ) -> tuple[pathlib.Path, bytes]:
     """Reads a file that a user named.
 
     Args:
-      given: path of the file; ``~`` is expanded.
+      name: path of the file; ``~`` is expanded.
       what: kind of file, for messages, such as "packed file".
       limit: largest size in bytes; None: no limit.
 
@@ -152,7 +152,7 @@ def read_user_file(
     Raises:
       UserError: there is no such file, or it cannot be read.
     """
-    path = user_path(given)
+    path = user_path(name)
     try:
         return path, read_bytes(path, limit)
     except FileNotFoundError:
@@ -162,12 +162,12 @@ def read_user_file(
 
 
 def read_document(
-    given: str | os.PathLike[str], what: str, format: str, version: int
+    name: str | os.PathLike[str], what: str, format: str, version: int
 ) -> tuple[pathlib.Path, Mapping[str, Any]]:
     """Reads a JSON file that states its format and version: a policy, a front or a latency table.
 
     Args:
-      given: path of the file; ``~`` is expanded.
+      name: path of the file; ``~`` is expanded.
       what: kind of file, for messages, such as "policy".
       format: what the entry "format" must be.
       version: what the entry "version" must be.
@@ -185,7 +185,7 @@ def read_document(
       >>> content["choices"]
       [2, 4]
     """
-    path, text = read_user_file(given, f"{what} file", _JSON_LIMIT)
+    path, text = read_user_file(name, f"{what} file", _JSON_LIMIT)
     try:
         content = parse_json(text)
     except ValueError as error:

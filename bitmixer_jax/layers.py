@@ -8,168 +8,18 @@ that width alone; an int32 scalar may be traced, and one program serves all widt
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from bitmixer_jax import deprecated, quantizers
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.arithmetic import conv
+from bitmixer_jax.batch_norm import TransitionalBatchNorm as TransitionalBatchNorm
+from bitmixer_jax.batch_norm import fold as fold
 from bitmixer_jax.layer_table import LayerInfo, Padding
-from bitmixer_jax.policy import BitSpace
-
-Norm = Literal["transitional", "per_width"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantConfig:
-    """Says what is quantised in a network, and how.
-
-        activations  weights   used by
-        False        False     the full-precision baseline
-        True         False     stage 1 (our reading of the paper)
-        True         True      stages 2 and 3, inference
-
-    The variables are the same in the last two cases, so a stage takes over the variables of the
-    stage before as they are.
-
-    Attributes:
-      space: widths that a layer may take; None makes the full-precision baseline, which has one
-        plain BN for each kernel.
-      activations: whether the input of each layer is quantised.
-      weights: whether its kernels are quantised.
-      weight_quantizer: a name in ``quantizers.WEIGHT_QUANTIZERS``.
-      norm: "transitional" (a BN for each pair of widths) or "per_width" (a BN for each own width).
-      momentum: of the running statistics, 0..1.
-      epsilon: what is added to the variance.
-      axis_name: device axis over which batch statistics are averaged; None: they are not.
-      compute_dtype: "float32" or "bfloat16", of the operands of a convolution of codes ("bfloat16"
-        is exact up to 8 bits, and sums are float32); in a baseline, of all convolutions.
-
-    Raises:
-      UserError: a value that is not allowed, or weights without activations.
-
-    Examples:
-      >>> from bitmixer_jax.layers import QuantConfig
-      >>> quant = QuantConfig(weight_quantizer="double")
-      >>> quant.space.choices, quant.n, quant.baseline().weights
-      ((2, 3, 4), 3, False)
-    """
-
-    space: BitSpace | None = dataclasses.field(default_factory=BitSpace)
-    activations: bool = True
-    weights: bool = True
-    weight_quantizer: str = "floor"
-    norm: Norm = "transitional"
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    axis_name: str | None = None
-    compute_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        for value, allowed, what in (
-            (self.weight_quantizer, tuple(quantizers.WEIGHT_QUANTIZERS), "weight quantiser"),
-            (self.norm, ("transitional", "per_width"), "norm"),
-            (self.compute_dtype, ("float32", "bfloat16"), "compute_dtype"),
-        ):
-            if value not in allowed:
-                raise UserError(f"{what}: got {value!r}; choose from {', '.join(allowed)}")
-        if self.space is None:
-            object.__setattr__(self, "activations", False)
-            object.__setattr__(self, "weights", False)
-        if self.weights and not self.activations:
-            raise UserError(
-                "quantisation: weights without activations is not a stage; quantise both",
-                "conflict",
-            )
-
-    @property
-    def n(self) -> int:
-        """Number of widths; 1 for the baseline."""
-        return 1 if self.space is None else self.space.n
-
-    @property
-    def quantizer(self) -> quantizers.WeightQuantizer:
-        """The weight quantiser, which answers all that depends on the choice of it."""
-        return quantizers.WEIGHT_QUANTIZERS[self.weight_quantizer]
-
-    def baseline(self) -> QuantConfig:
-        """Returns the same settings for the full-precision baseline: nothing is quantised."""
-        return dataclasses.replace(self, space=None)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: Padding,
-    groups: int,
-    dtype: str,
-    exact: bool,
-) -> jax.Array:
-    """Convolves with operands in ``dtype`` and sums in float32, also in the backward pass.
-
-    Args:
-      exact: whether the operands are codes. Products of codes of up to 8 bits are exact even in the
-        bfloat16 passes that accelerators run by default. So codes use that precision, whatever
-        `jax.default_matmul_precision` asks for the real values around them.
-    """
-    return lax.conv_general_dilated(
-        x.astype(dtype),
-        kernel.astype(dtype),
-        strides,
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-        precision=lax.Precision.DEFAULT if exact else None,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _conv_forward(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: Padding,
-    groups: int,
-    dtype: str,
-    exact: bool,
-) -> Any:
-    return _conv(x, kernel, strides, padding, groups, dtype, exact), (
-        x.astype(dtype),
-        kernel.astype(dtype),
-    )
-
-
-def _conv_backward(
-    strides: tuple[int, int],
-    padding: Padding,
-    groups: int,
-    dtype: str,
-    exact: bool,
-    residuals: Any,
-    g: jax.Array,
-) -> Any:
-    # Autodiff of a bfloat16 convolution with float32 sums mixes dtypes, which XLA refuses: so the
-    # cotangent is cast, and the transposed convolutions are those of the plain operation.
-    x, kernel = residuals
-    plain = functools.partial(
-        lax.conv_general_dilated,
-        window_strides=strides,
-        padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-    _, transpose = jax.vjp(lambda x, kernel: plain(x, kernel), x, kernel)
-    return tuple(t.astype(jnp.float32) for t in transpose(g.astype(dtype)))
-
-
-_conv.defvjp(_conv_forward, _conv_backward)
+from bitmixer_jax.quant_config import QuantConfig as QuantConfig
 
 
 class QuantActivation(nn.Module):
@@ -304,7 +154,7 @@ class QuantConv(_Kernel):
         # Real-valued operands keep float32: bfloat16 is exact for codes only.
         exact = step_size is not None and kernel_step_size is not None
         dtype = self.quant.compute_dtype if exact or self.quant.space is None else "float32"
-        sums = _conv(codes, kernel, self.strides, self.padding, self.groups, dtype, exact)
+        sums = conv(codes, kernel, self.strides, self.padding, self.groups, dtype, exact)
         return sums, _product(step_size, kernel_step_size)
 
 
@@ -348,124 +198,6 @@ class QuantDense(_Kernel):
         scale = _product(step_size, kernel_step_size)
         sums = codes @ kernel
         return bias + (sums if scale is None else scale * sums)
-
-
-class TransitionalBatchNorm(nn.Module):
-    """Batch norm with its own parameters and statistics for each pair of widths (Bit-Mixer).
-
-    A pair is (width of the layer that produced this layer's input, width of this layer). With P
-    widths of the predecessor and n own widths, the variables are
-
-        params/scale, params/bias             float32 [P, n, C]
-        batch_stats/mean, batch_stats/var     float32 [P, n, C]
-        batch_stats/count                     int32   [P, n]  training steps that used the pair
-
-    A training step reads and updates the one pair that it uses. A pair with count 0 has no
-    statistics (`bitmixer_jax.pairs`).
-
-    Attributes:
-      quant: the settings; n, momentum and epsilon are read.
-      predecessor_widths: P, which is n, or 1 where the predecessor has no width of its own (the
-        real-valued stem) or its width does not count ("per_width").
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> from bitmixer_jax.layers import QuantConfig, TransitionalBatchNorm
-      >>> norm = TransitionalBatchNorm(QuantConfig(), predecessor_widths=3)
-      >>> sums = jnp.ones((1, 4, 4, 8))
-      >>> variables = norm.init(jax.random.key(0), sums, None, 0, 0, train=False)
-      >>> variables["params"]["scale"].shape
-      (3, 3, 8)
-
-    Reference: Bulat and Tzimiropoulos, Bit-Mixer, ICCV 2021, arXiv 2103.17267.
-    """
-
-    quant: QuantConfig
-    predecessor_widths: int = 1
-
-    @nn.compact
-    def __call__(
-        self,
-        sums: jax.Array,
-        step_size: jax.Array | None,
-        predecessor: Any,
-        index: Any,
-        train: bool,
-    ) -> jax.Array:
-        """Normalises ``step_size * sums`` with the batch norm of a pair.
-
-        Args:
-          sums: float32 ``[N, H, W, C]``.
-          step_size: scalar, or None for 1.
-          predecessor: index of the predecessor's width; ignored where P is 1.
-          index: index of the width of this layer.
-          train: use the batch's statistics, and update the running ones.
-
-        Returns:
-          float32 ``[N, H, W, C]``.
-        """
-        table = (self.predecessor_widths, self.quant.n)
-        shape = (*table, sums.shape[-1])
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        count = self.variable("batch_stats", "count", jnp.zeros, table, jnp.int32)
-        pair = (predecessor if self.predecessor_widths > 1 else 0, index)
-        # mean(step_size x) = step_size mean(x): scaling [C] statistics saves a pass over sums.
-        factor = jnp.float32(1) if step_size is None else step_size
-        if train or self.is_initializing():
-            batch_mean = jnp.mean(sums, (0, 1, 2))
-            batch_square = jnp.mean(jnp.square(sums), (0, 1, 2))
-            if self.quant.axis_name is not None and not self.is_initializing():
-                batch_mean, batch_square = lax.pmean(
-                    (batch_mean, batch_square), self.quant.axis_name
-                )
-            batch_var = jnp.maximum(batch_square - jnp.square(batch_mean), 0)
-            now_mean, now_var = factor * batch_mean, jnp.square(factor) * batch_var
-            if not self.is_initializing():
-                # A plain average at first (keep = 0, 1/2, 2/3, ...), an exponential one later: a
-                # pair is used rarely, and with momentum alone would stay near its initial values.
-                visits = count.value[pair].astype(jnp.float32)
-                keep = jnp.minimum(self.quant.momentum, visits / (visits + 1))
-                mean.value = mean.value.at[pair].set(
-                    keep * mean.value[pair] + (1 - keep) * lax.stop_gradient(now_mean)
-                )
-                var.value = var.value.at[pair].set(
-                    keep * var.value[pair] + (1 - keep) * lax.stop_gradient(now_var)
-                )
-                count.value = count.value.at[pair].add(1)
-        else:
-            now_mean, now_var = mean.value[pair], var.value[pair]
-        multiplier, offset = fold(
-            scale[pair], bias[pair], now_mean, now_var, factor, self.quant.epsilon
-        )
-        return multiplier * sums + offset
-
-
-def fold(
-    scale: jax.Array,
-    bias: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-    step_size: Any,
-    epsilon: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Turns batch norm of ``step_size * sums`` into one multiplier and one offset per channel.
-
-    ``scale * (step_size * sums - mean) / sqrt(var + epsilon) + bias == multiplier * sums + offset``
-
-    Args:
-      scale, bias, mean, var: float32 ``[..., C]``.
-      step_size: scalar.
-      epsilon: what is added to the variance.
-
-    Returns:
-      multiplier and offset, float32 ``[..., C]`` each.
-    """
-    gain = scale * lax.rsqrt(var + epsilon)
-    return gain * step_size, bias - gain * mean
 
 
 class QuantLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""A network from memory, a workdir or a packed file, in one shape; and its compiled program."""
+"""A network ready to run, from memory, a workdir or a packed file, and its compiled program."""
 
 from __future__ import annotations
 

@@ -129,7 +129,9 @@ class Runtime:
         """
         # Absolute, because a copy may be loaded by a process in another folder.
         source = os.path.abspath(user_path(source))
-        runtime = cls(_load(pathlib.Path(source)), batch_size=batch_size, specialized=specialized)
+        runtime = cls(
+            load_model(pathlib.Path(source)), batch_size=batch_size, specialized=specialized
+        )
         runtime._source = source
         return runtime
 
@@ -280,7 +282,7 @@ def _policy_reader(loaded: LoadedModel) -> Callable[[bytes], _Policy]:
     return read
 
 
-def _load(source: pathlib.Path) -> LoadedModel:
+def load_model(source: str | pathlib.Path) -> LoadedModel:
     """Loads a workdir (WORKDIR or WORKDIR@STAGE) or a packed file."""
     if os.path.isdir(parse_source(source)[0]):
         return from_trained(trained.load(source))

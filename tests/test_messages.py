@@ -14,7 +14,13 @@ import bitmixer_jax
 GOLDEN = pathlib.Path(__file__).with_name("messages.txt")
 PACKAGE = pathlib.Path(bitmixer_jax.__file__).parent
 # Calls whose first text is a message: errors, and the readers of files that fail with one.
-ERRORS = {"UserError", "Damaged", "EmptySplit", "UncalibratedPairs"}
+ERRORS = {
+    "UserError": "bad-value",
+    "Damaged": "damaged",
+    "EmptySplit": "no-data",
+    "UncalibratedPairs": "uncalibrated",
+    "fail": "damaged",
+}
 
 
 def template(node):
@@ -43,11 +49,11 @@ def messages():
                 continue
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             text = template(node.args[0])
-            if text is None or name not in ERRORS | {"fail"}:
+            if text is None or name not in ERRORS:
                 continue
             given = [*node.args[1:], *(k.value for k in node.keywords if k.arg == "code")]
-            code = next((n.value for n in given if isinstance(n, ast.Constant)), "bad-value")
-            lines.add(f"{module} [{'damaged' if name in ('fail', 'Damaged') else code}] {text}")
+            codes = [n.value for n in given if isinstance(n, ast.Constant)]
+            lines.add(f"{module} [{codes[0] if codes else ERRORS[name]}] {text}")
     return sorted(lines)
 
 

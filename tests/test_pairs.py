@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import bitmixer_jax as bm
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.export.integer_engine import from_integer_model
 from bitmixer_jax.export.integer_model import to_integer_model
-from bitmixer_jax.loaded_model import from_integer_model, from_variables
+from bitmixer_jax.loaded_model import from_variables
 from bitmixer_jax.pairs import calibrated, find_uncalibrated
 from tests.export.networks import integer_model, network
+from tests.refusals import refused
 
 LAYERS = bm.create_model("resnet8", num_classes=2).layers
 
@@ -58,7 +59,7 @@ def test_every_loaded_network_names_the_pair_that_is_missing(kind, width):
     policy = np.asarray([4, 2, 2, 2, 2, 2], np.int32)
     for loaded in (from_variables(model, known, **about), from_integer_model(integers)):
         assert loaded.uncalibrated(policy) == [(name, width, 2)]
-    with pytest.raises(UserError, match=rf"{name} at 2 bits after {width or 'any'} was never"):
+    with refused("uncalibrated", name, "2 bits", width or "any"):
         integers.check_calibrated(policy)
 
 
@@ -72,5 +73,5 @@ def test_a_damaged_count_of_one_kernel_is_noticed():
     damaged[place] = dataclasses.replace(layer, kernels=(conv, shortcut))
     policy = np.full(len(damaged), 2, np.int32)
     whole.check_calibrated(policy)
-    with pytest.raises(UserError, match="never visited"):
+    with refused("uncalibrated", layer.info.name, "2 bits"):
         dataclasses.replace(whole, layers=tuple(damaged)).check_calibrated(policy)

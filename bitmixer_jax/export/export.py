@@ -275,7 +275,8 @@ def _export(
     except OSError as error:
         raise cannot_write(out, error) from None
     except UserError as error:  # name the path that the user gave, and not the hidden one
-        raise UserError(str(error).replace(str(partial / out.name), str(out))) from None
+        message = str(error).replace(str(partial / out.name), str(out))
+        raise UserError(message, error.code) from None
     finally:
         with contextlib.suppress(OSError):
             _remove(partial)

@@ -241,7 +241,8 @@ def to_integer_model(
     """
     if model.quant.space is None or not model.quant.weights:
         raise UserError(
-            "export: the weights of this network are not quantised (a float twin, or stage 1)",
+            "export: the weights of this network are not quantised (a full-precision baseline, or "
+            "stage 1)",
             "no-widths",
         )
     params, stats = variables["params"], variables["batch_stats"]

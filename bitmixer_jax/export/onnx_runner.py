@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.data import ImageReader
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, reason
 from bitmixer_jax.export.description import Reader, Shape
 from bitmixer_jax.export.onnx_seal import FORMAT, KEY, VERSION, is_whole
-from bitmixer_jax.files import parse_json, read_bytes, user_path
+from bitmixer_jax.files import parse_json, read_user_file
 from bitmixer_jax.loaded_model import check_images
 from bitmixer_jax.policy import BitSpace, check_policy
 
@@ -67,13 +67,7 @@ class OnnxRunner:
         options.graph_optimization_level = levels[optimization]
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors: they are raised, too
-        path = user_path(path)
-        try:
-            content = read_bytes(path, _MOST_BYTES)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read ({error.strerror or error})", "not-readable"
-            ) from None
+        path, content = read_user_file(path, "ONNX file", _MOST_BYTES)
         whole = is_whole(content)
         if whole is False:
             raise UserError(
@@ -87,8 +81,9 @@ class OnnxRunner:
             )
             about = self._session.get_modelmeta().custom_metadata_map
         except Exception as error:  # onnxruntime raises many kinds
-            line = str(error).partition("\n")[0]
-            raise UserError(f"{path}: not an ONNX export, or damaged ({line})", "damaged") from None
+            raise UserError(
+                f"{path}: not an ONNX export, or damaged ({reason(error)})", "damaged"
+            ) from None
         if about.get("format") != FORMAT:
             raise UserError(
                 f"{path}: not an ONNX export: its metadata is not that of bitmixer", "wrong-format"
@@ -158,7 +153,7 @@ class OnnxRunner:
         feed: dict[str, Any] = {"images": check_images(images, self.image_shape)}
         if self.switchable:
             if policy is None:
-                raise UserError("a switchable ONNX file: give a policy")
+                raise UserError("a switchable ONNX file: give a policy", "missing-value")
             feed["policy"] = check_policy(policy, self.space, len(self.names)).astype(np.int64)
         elif policy is not None:
             raise UserError(
@@ -167,8 +162,7 @@ class OnnxRunner:
         try:
             return np.asarray(self._session.run(["logits"], feed)[0])
         except Exception as error:  # of a damaged file without a checksum, or no memory
-            line = str(error).partition("\n")[0]
-            raise UserError(f"onnxruntime cannot run this ONNX file ({line})") from None
+            raise UserError(f"onnxruntime cannot run this ONNX file ({reason(error)})") from None
 
 
 def _levels(level: Any) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from bitmixer_jax.errors import UserError, shown
 from bitmixer_jax.export.description import Reader, describe
 from bitmixer_jax.export.integer_model import FloatStem, IntegerModel, Kernel
 from bitmixer_jax.export.packed_reader import NORM_DTYPES, PackedReader
-from bitmixer_jax.files import parse_json, read_bytes, user_path, write_new
+from bitmixer_jax.files import parse_json, read_user_file, write_new
 from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.quantizers import WEIGHT_QUANTIZERS
 
@@ -200,7 +200,7 @@ def load_packed(path: str | pathlib.Path, planes: int | None = None) -> IntegerM
       >>> load_packed("net.packed", planes=3).space.choices  # doctest: +SKIP
       (2, 3)
     """
-    return unpack(_read(path), str(path), planes)
+    return unpack(read_user_file(path, "packed file")[1], str(path), planes)
 
 
 def plane_ends(path: str | pathlib.Path) -> list[tuple[int, int]]:
@@ -209,25 +209,12 @@ def plane_ends(path: str | pathlib.Path) -> list[tuple[int, int]]:
     It is empty if widths are not nested. Errors are those of `load_packed`.
     """
     read = Reader(str(path))
-    header, _, start = _header(read, _read(path))
+    header, _, start = _header(read, read_user_file(path, "packed file")[1])
     planes = [name for name in header if name.startswith("plane.")]
     if any(name.count(".") > 1 for name in planes):
         return []
     ends = sorted(start + _offsets(read, header[name])[1] for name in planes)
     return list(enumerate(ends, start=1))
-
-
-def _read(given: str | pathlib.Path) -> bytes:
-    """Returns the bytes of a packed file."""
-    path = user_path(given)
-    try:
-        return read_bytes(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such packed file", "no-such-file") from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or error})", "not-readable"
-        ) from None
 
 
 def unpack(data: bytes, where: str, planes: int | None = None) -> IntegerModel:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.files import read_bytes, user_path, write_new
+from bitmixer_jax.errors import UserError, reason
+from bitmixer_jax.files import read_user_file, write_new
 
 
 def export_raw(
@@ -66,18 +66,13 @@ def load_raw(path: str | pathlib.Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    path = user_path(path)
+    path, content = read_user_file(path)
     try:
-        arrays = load(read_bytes(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file", "no-such-file") from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or error})", "not-readable"
-        ) from None
+        arrays = load(content)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        line = str(error).partition("\n")[0]
-        raise UserError(f"{path}: not a safetensors file, or damaged ({line})", "damaged") from None
+        raise UserError(
+            f"{path}: not a safetensors file, or damaged ({reason(error)})", "damaged"
+        ) from None
     if not any(name.startswith("params/") for name in arrays):
         raise UserError(f"{path}: holds no variables of a network (params/...)", "wrong-format")
     parts = {tuple(name.split("/")) for name in arrays}

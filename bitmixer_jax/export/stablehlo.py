@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax.data import normalize
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, reason
 from bitmixer_jax.export.description import Reader, describe
 from bitmixer_jax.export.integer_engine import run_integer
 from bitmixer_jax.export.integer_model import IntegerModel
@@ -99,9 +99,7 @@ class StablehloRunner:
         except FileNotFoundError:
             raise UserError(f"{path}: no such file", "no-such-file") from None
         except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read ({error.strerror or error})", "not-readable"
-            ) from None
+            raise UserError(f"{path}: cannot be read ({reason(error)})", "not-readable") from None
         except ValueError as error:
             raise UserError(
                 f"{path}: not a StableHLO export, or damaged ({error})", "damaged"
@@ -116,9 +114,8 @@ class StablehloRunner:
             shapes = [tuple(value.shape) for value in self._exported.in_avals]
             shapes += [tuple(value.shape) for value in self._exported.out_avals]
         except Exception as error:  # jax and flatbuffers raise many kinds
-            line = str(error).partition("\n")[0]
             raise UserError(
-                f"{path}: not a StableHLO export, or damaged ({line})", "damaged"
+                f"{path}: not a StableHLO export, or damaged ({reason(error)})", "damaged"
             ) from None
         wanted = [self.image_shape, (len(self.names),), (len(self.classes),)]
         if len(shapes) != 3 or [shapes[0][1:], shapes[1], shapes[2][1:]] != wanted:

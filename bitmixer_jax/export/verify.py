@@ -130,4 +130,4 @@ def summary(report: Mapping[str, Any]) -> str:
 def require(report: Mapping[str, Any]) -> None:
     """Raises UserError if the report says that the export differs."""
     if not report["passed"]:
-        raise UserError(f"export: {summary(report)}; nothing was written")
+        raise UserError(f"export: {summary(report)}; nothing was written", "mismatch")

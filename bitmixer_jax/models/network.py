@@ -105,7 +105,8 @@ class Network(nn.Module):
         """
         if self.quant.space is None:
             raise UserError(
-                "a float twin has no bit-widths; use the network it was made from", "no-widths"
+                "a full-precision baseline has no bit-widths; use the network that it belongs to",
+                "no-widths",
             )
         return self.quant.space
 
@@ -167,7 +168,7 @@ class Network(nn.Module):
         if bits is None:
             raise UserError(
                 "bits: give a policy, one width per layer, such as model.space.uniform(...)",
-                "policy-length",
+                "missing-value",
             )
         if isinstance(bits, tuple | list):
             widths = self.space.check(bits, self.num_layers)
@@ -203,7 +204,7 @@ class Network(nn.Module):
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
             raise UserError(
                 f"images: shape {images.shape}; this network takes (N, {self.image_shape})",
-                "other-data",
+                "bad-shape",
             )
         indices, valid = self.indices(bits)
         table = {layer.name: (place, layer) for place, layer in enumerate(self.layers)}

@@ -141,8 +141,10 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
         config = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{workdir}: no run here ({CONFIG_FILE} is missing)", "no-run") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})", "not-readable") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not JSON ({reason(error)})", "damaged") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not the configuration of a run", "wrong-format")
     return with_orientation(_with_new_names(config))

@@ -1,7 +1,5 @@
-"""The packages data and preparation: what imports what, old names, examples in docstrings."""
+"""The packages data and preparation: what imports what, and old names."""
 
-import doctest
-import importlib
 import pkgutil
 import subprocess
 import sys
@@ -44,8 +42,3 @@ MODULES = [
     for package in (data, preparation)
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
 ]
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name):
-    assert not doctest.testmod(importlib.import_module(name)).failed

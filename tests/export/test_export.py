@@ -11,12 +11,12 @@ from PIL import Image
 
 from bitmixer_jax import data
 from bitmixer_jax.cli import main
-from bitmixer_jax.errors import UserError
 from bitmixer_jax.export import ExportSettings, export, export_network
 from bitmixer_jax.export.packed import load_packed, save_packed
 from bitmixer_jax.export.verify import summary
 from bitmixer_jax.predict import predict_files
 from bitmixer_jax.runtime import Runtime
+from tests.refusals import check_line, refused
 
 QUICK = dict(images=40, random=3)
 
@@ -94,7 +94,7 @@ def test_a_mismatch_fails_and_leaves_nothing(trained, tmp_path, monkeypatch):
         save_packed(path, dataclasses.replace(network, head=head), *rest)
 
     monkeypatch.setattr(export, "save_packed", wrong)
-    with pytest.raises(UserError, match="MISMATCH"):
+    with refused("mismatch", "packed"):
         export_network(trained, tmp_path / "net", format="packed", **QUICK)
     assert list(tmp_path.iterdir()) == []
 
@@ -103,7 +103,7 @@ def test_what_is_there_is_kept_unless_told(trained, tmp_path):
     path = tmp_path / "net"
     path.write_text("precious")
     settings = dict(format="packed", **QUICK)
-    with pytest.raises(UserError, match="already exists"):
+    with refused("exists", path):
         export_network(trained, path, **settings)
     assert path.read_text() == "precious"
     export_network(trained, path, **settings, overwrite=True)
@@ -111,27 +111,31 @@ def test_what_is_there_is_kept_unless_told(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "code", "mentions"),
     [
-        (dict(format="tflite"), "unknown"),
-        (dict(format="onyx"), "did you mean onnx"),
-        (dict(format="packed", policy="3"), "policy 3: only for format onnx"),
-        (dict(format="onnx", storage_dtype="int4"), "give a policy"),
-        (dict(format="onnx", fast=True), "fast.*give a policy"),
-        (dict(format="packed", fast=True), "fast.*one policy"),
-        (dict(format="onnx", policy="3", fast=True, storage_dtype="int4"), "only int8 is fast"),
-        (dict(format="onnx", norm_dtype="float16"), "only for format packed"),
-        (dict(format="onnx", changes={"a": 2}), "changes of widths need a policy"),
-        (dict(format="packed", images=0), "images 0"),
+        (dict(format="tflite"), "unknown-name", ("'tflite'", "packed")),
+        (dict(format="onyx"), "unknown-name", ("'onyx'", "did you mean onnx")),
+        (dict(format="packed", policy="3"), "conflict", ("policy 3", "onnx")),
+        (dict(format="onnx", storage_dtype="int4"), "missing-value", ("storage_dtype",)),
+        (dict(format="onnx", fast=True), "missing-value", ("fast",)),
+        (dict(format="packed", fast=True), "missing-value", ("fast",)),
+        (
+            dict(format="onnx", policy="3", fast=True, storage_dtype="int4"),
+            "conflict",
+            ("fast", "int4", "int8"),
+        ),
+        (dict(format="onnx", norm_dtype="float16"), "conflict", ("norm_dtype float16", "packed")),
+        (dict(format="onnx", changes={"a": 2}), "missing-value", ()),
+        (dict(format="packed", images=0), "bad-value", ("images 0",)),
     ],
 )
-def test_settings_that_do_not_go_together_are_one_line(settings, says):
-    with pytest.raises(UserError, match=says):
+def test_settings_that_do_not_go_together_are_one_line(settings, code, mentions):
+    with refused(code, *mentions):
         ExportSettings(**settings)
 
 
-def test_a_float_twin_is_refused(trained_float, tmp_path):
-    with pytest.raises(UserError, match="full-precision baseline has no widths to export"):
+def test_a_baseline_is_refused(trained_float, tmp_path):
+    with refused("no-widths", trained_float):
         export_network(trained_float, tmp_path / "x", format="packed")
 
 
@@ -173,7 +177,7 @@ def test_onnx_exports_are_verified_and_predict(settings, trained, photos, tmp_pa
     theirs = predict_files(str(trained), photos, policy="3", changes=changes, top=1)
     assert [c[0][0] for _, c in ours] == [c[0][0] for _, c in theirs]
     if settings:
-        with pytest.raises(UserError, match="holds one policy"):
+        with refused("conflict", path):
             predict_files(str(path), photos, policy="3")
 
 
@@ -186,11 +190,13 @@ def test_the_fast_onnx_export_keeps_most_answers(trained, tmp_path):
 
 
 def test_predict_says_what_is_wrong(packed, photos, tmp_path, command):
-    done = command("predict", "--model", packed[0], "--policy", "7", photos[0])
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    done = command("predict", "--model", tmp_path / "no", photos[0])
-    assert "no such workdir or packed file" in done.stderr
-    done = command("predict", "--model", packed[0], packed[0])
-    assert "not an image" in done.stderr
+    for words, mentions in (
+        ((packed[0], "--policy", "7", photos[0]), (7, (2, 3, 4))),
+        ((tmp_path / "no", photos[0]), (tmp_path / "no",)),
+        ((packed[0], packed[0]), (packed[0],)),
+    ):
+        done = command("predict", "--model", *words)
+        assert done.returncode == 2
+        check_line(done.stderr, *mentions, start="bitmixer: ")
     done = command("predict", "--model", packed[0], "--top", "1", *photos)
     assert done.stdout.count("%\n") == 3

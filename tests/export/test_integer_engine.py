@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.integer_engine import run_integer, tensors
 from bitmixer_jax.export.integer_model import to_integer_model, truncate_bits
 from bitmixer_jax.export.packed import pack, unpack
@@ -18,6 +17,7 @@ from tests.export.networks import (
     network,
     policies,
 )
+from tests.refusals import refused
 
 
 @EACH_KIND
@@ -79,7 +79,7 @@ def test_traced_width_that_is_not_a_choice_gives_nan():
 
 
 def test_static_width_that_is_not_a_choice_is_an_error():
-    with pytest.raises(UserError, match="width 5"):
+    with refused("policy-width", 5, (2, 3, 4)):
         run_integer(integer_model("resnet8"), images("resnet8"), (5,) * 6)
 
 
@@ -94,7 +94,7 @@ def test_narrowed_codes_nest():
 def test_a_network_whose_weights_are_real_is_refused():
     model, variables = network("resnet8")
     for other in (model.baseline(), model.clone(quant=model.quant.__class__(weights=False))):
-        with pytest.raises(UserError, match="not quantised"):
+        with refused("no-widths"):
             to_integer_model(other, variables, mean=[0], std=[1], classes=("a",), weights_digest="")
 
 
@@ -113,7 +113,7 @@ def test_pairs_never_visited_are_refused():
         weights_digest="",
     )
     found.check_calibrated(np.full(6, 4))
-    with pytest.raises(UserError, match=r"conv2 at 2 bits after 4 was never visited"):
+    with refused("uncalibrated", name, "2 bits", 4):
         found.check_calibrated(np.asarray([4, 2, 2, 2, 2, 2]))
 
 

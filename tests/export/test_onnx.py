@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from bitmixer_jax.data import normalize
-from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.integer_engine import run_integer
 from bitmixer_jax.export.onnx_graph import STORAGE_DTYPES, policy_model, save_onnx, switchable_model
 from bitmixer_jax.export.onnx_int8 import int8_model, stream_ranges
 from bitmixer_jax.export.onnx_runner import OPTIMIZATION, OnnxRunner
 from tests.export.networks import EACH_KIND, WEIGHT_QUANTIZERS, integer_model, network, policies
+from tests.refusals import refused
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -198,38 +198,38 @@ def test_an_unknown_width_gives_nan(switchable):
 
 def test_policies_that_do_not_fit_are_refused(switchable, tmp_path):
     runner = OnnxRunner(switchable("resnet8"))
-    with pytest.raises(UserError, match="give a policy"):
+    with refused("missing-value"):
         runner(pixels("resnet8"))
-    with pytest.raises(UserError):
+    with refused("policy-width", 5, (2, 3, 4)):
         runner(pixels("resnet8"), [5] * 6)
     save_onnx(tmp_path / "one.onnx", policy_model(integer_model("resnet8"), np.full(6, 3)))
-    with pytest.raises(UserError, match="holds one policy"):
+    with refused("conflict"):
         OnnxRunner(tmp_path / "one.onnx")(pixels("resnet8"), [3] * 6)
-    with pytest.raises(UserError, match="storage_dtype 'int3'"):
+    with refused("bad-value", "'int3'", ", ".join(STORAGE_DTYPES)):
         policy_model(integer_model("resnet8"), np.full(6, 3), "int3")
 
 
 def test_other_files_are_refused(switchable, tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with refused("no-such-file", tmp_path / "none.onnx"):
         OnnxRunner(tmp_path / "none.onnx")
     whole = switchable("resnet8").read_bytes()
     path = tmp_path / "damaged.onnx"
     for content in (b"", b"something else", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="not an ONNX export"):
+        with refused("damaged", path):
             OnnxRunner(path)
     model = onnx.load(switchable("resnet8"))
     del model.metadata_props[:]
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="metadata"):
+    with refused("wrong-format", path):
         OnnxRunner(path)
 
 
 def test_a_missing_engine_names_the_extra(monkeypatch, switchable):
     path = switchable("resnet8")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"pip install 'bitmixer_jax\[onnx\]'"):
+    with refused("not-installed", "onnxruntime", "bitmixer_jax[onnx]"):
         OnnxRunner(path)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"pip install 'bitmixer_jax\[onnx\]'"):
+    with refused("not-installed", "bitmixer_jax[onnx]"):
         switchable_model(integer_model("resnet8"))

@@ -1,4 +1,4 @@
-"""What a Runtime refuses: pairs never visited, images and settings that do not fit, float twins."""
+"""What a Runtime refuses: pairs never visited, images and settings that do not fit, baselines."""
 
 import jax
 import jax.numpy as jnp

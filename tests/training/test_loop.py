@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from bitmixer_jax import data
-from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator
 from bitmixer_jax.report import report
 from bitmixer_jax.trained import load
 from bitmixer_jax.training import train
 from bitmixer_jax.training.metrics import read_metrics
 from bitmixer_jax.training.schedule import make_schedule
+from tests.refusals import refused
 from tests.states import newest_state
 
 
@@ -62,7 +62,7 @@ def test_evaluation_uses_the_moving_average(unusual):
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(averaged, last, strict=True))
 
 
-def test_the_report_names_the_float_twin(unusual):
+def test_the_report_names_the_baseline(unusual):
     assert "| full-precision baseline |" in (unusual / "report" / "README.md").read_text()
 
 
@@ -73,7 +73,7 @@ def test_images_that_do_not_fit_the_network_are_refused(trained):
     wide = digits.images.repeat(2, axis=1)
     bad = type(digits)(**{**vars(digits), "images": wide})
     evaluator = Evaluator(model, bad, digits.mean, digits.std)
-    with pytest.raises(UserError, match="images: shape"):
+    with refused("bad-shape", "16, 8, 1)", (8, 8, 1)):
         evaluator.top1(variables, [[4] * model.num_layers])
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import create_model
 from bitmixer_jax.pairs import fill_uncalibrated_pairs, pairs_used, uncalibrated_pairs
 from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.training.stages import Stage, transfer_variables, update_mask
+from tests.refusals import refused
 
 SPACE = BitSpace((2, 3, 4))
 L = 6
@@ -117,12 +117,12 @@ def test_block_selection_gives_the_layers_of_a_block_one_width():
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(field, value):
-    with pytest.raises(UserError, match=rf"stage 's': {field} = {value!r}"):
+    with refused("bad-value", "stage 's'", f"{field} = {value!r}"):
         Stage(**{"name": "s", "epochs": 1, field: value})
 
 
 def test_distilling_from_the_widest_needs_it_in_each_step():
-    with pytest.raises(UserError, match="widest"):
+    with refused("conflict", '"widest"', '"sandwich"'):
         Stage(name="s", epochs=1, distill="widest")
 
 
@@ -216,7 +216,7 @@ def test_bn_per_width_takes_the_diagonal_of_a_transitional_one_and_spreads_back(
 def test_another_network_is_refused_with_the_first_difference():
     source = variables_of(small())
     wider = create_model("resnet8", num_classes=3, image_shape=(8, 8, 1), width=8, space=SPACE)
-    with pytest.raises(UserError, match=r"cannot start from that network: .* is \("):
+    with refused("other-network"):
         transfer_variables(source, variables_of(wider))
 
 
