@@ -87,7 +87,7 @@ def test_a_front_that_is_there_is_refused_before_any_work(no_network, workdir, t
     (tmp_path / "front.json").write_text("mine")
     assert run("front", "--workdir", workdir, "--out", tmp_path) == 2
     start = f"bitmixer: --out {tmp_path / 'front.json'}: "
-    check_line(capsys.readouterr().err, start=start)
+    check_line(capsys.readouterr().err, "--overwrite", start=start)
     assert [path.name for path in tmp_path.iterdir()] == ["front.json"]
 
 
@@ -139,7 +139,7 @@ def test_plots_that_are_there_are_refused_before_any_work(
     (tmp_path / name).write_text("mine")
     assert run("front", "--workdir", trained, "--out", tmp_path) == 2
     start = f"bitmixer: --out {tmp_path / name}: "
-    check_line(capsys.readouterr().err, start=start)
+    check_line(capsys.readouterr().err, "--overwrite", start=start)
     assert (tmp_path / name).read_text() == "mine"
 
 

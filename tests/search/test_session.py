@@ -159,7 +159,7 @@ def test_a_policy_that_is_there_is_refused_before_any_work(no_network, workdir, 
     out = tmp_path / "policy.json"
     out.write_text("mine")
     assert run("search", "--workdir", workdir, "--budget", "avg_bits=3", "--out", out) == 2
-    check_line(capsys.readouterr().err, start=f"bitmixer: --out {out}: ")
+    check_line(capsys.readouterr().err, "--overwrite", start=f"bitmixer: --out {out}: ")
     assert out.read_text() == "mine"
 
 
