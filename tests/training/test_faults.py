@@ -15,7 +15,7 @@ from bitmixer_jax.files import hold
 from bitmixer_jax.trained import load
 from bitmixer_jax.training import train
 from bitmixer_jax.training.checkpoints import Checkpoints
-from bitmixer_jax.training.workdir import LOCK_FILE
+from bitmixer_jax.training.workdir import LOCK_FILE, read_config
 
 CONFIG = pathlib.Path(__file__).parents[1] / "tiny_config.py"
 
@@ -26,7 +26,7 @@ CONFIG = pathlib.Path(__file__).parents[1] / "tiny_config.py"
 def test_data_of_other_classes_are_not_evaluated(trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    config = json.loads((workdir / "config.json").read_text())
+    config = read_config(workdir)
     names = config["dataset_info"]["classes"]
     names[2], names[3] = names[3], names[2]
     (workdir / "config.json").write_text(json.dumps(config))
@@ -42,7 +42,7 @@ def test_data_of_other_classes_are_not_evaluated(trained, tmp_path):
 def test_a_damaged_entry_about_the_data_is_one_line(trained, tmp_path, key, value):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    config = json.loads((trained / "config.json").read_text())
+    config = read_config(trained)
     config["dataset_info"][key] = value
     (workdir / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config\.json") as error:
