@@ -29,7 +29,7 @@ CONFIG = pathlib.Path(__file__).parents[1] / "tiny_config.py"
 def test_data_of_other_classes_are_not_evaluated(trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    config = json.loads((workdir / "config.json").read_text())
+    config = read_config(workdir)
     names = config["dataset_info"]["classes"]
     names[2], names[3] = names[3], names[2]
     (workdir / "config.json").write_text(json.dumps(config))
@@ -45,7 +45,7 @@ def test_data_of_other_classes_are_not_evaluated(trained, tmp_path):
 def test_a_damaged_entry_about_the_data_is_one_line(trained, tmp_path, key, value):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    config = json.loads((trained / "config.json").read_text())
+    config = read_config(trained)
     config["dataset_info"][key] = value
     (workdir / "config.json").write_text(json.dumps(config))
     # JSON has no infinity, so that file is not JSON.
