@@ -17,7 +17,7 @@ from bitmixer_jax.files import hold
 from bitmixer_jax.trained import load
 from bitmixer_jax.training import train
 from bitmixer_jax.training.checkpoints import Checkpoints
-from bitmixer_jax.training.workdir import LOCK_FILE
+from bitmixer_jax.training.workdir import LOCK_FILE, read_config
 from tests.refusals import check_line, refused
 
 CONFIG = pathlib.Path(__file__).parents[1] / "tiny_config.py"
