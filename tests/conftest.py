@@ -1,30 +1,42 @@
-"""What tests share: a tiny configuration, and runs of it that are trained once."""
+"""What tests share: a tiny configuration, and runs of it that were trained once and are stored."""
 
 import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
-TINY = pathlib.Path(__file__).parent / "tiny_config.py"
+HERE = pathlib.Path(__file__).parent
+TINY = HERE / "tiny_config.py"
+ARCHIVE = HERE / "stored" / "tiny.tar.gz"  # made by stored/make_tiny.py
+MOST_MAPPINGS = 30_000  # of the 65,530 that Linux allows a process
 
 
 def pytest_configure(config):
-    """Keeps compiled programmes between tests, processes and sessions: most of the time is XLA."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    """Compiles fast, and keeps programmes between tests, processes and sessions.
+
+    Most of the time is XLA. ``make test-all`` sets JAX_DISABLE_MOST_OPTIMIZATIONS=0, so that what
+    users run is tested as well.
+    """
+    cache = config.rootpath / config.getini("cache_dir") / "d" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_programmes():
-    """Drops what a file compiled: all of it in one process meets the system's limit on mappings."""
+    """Drops what was compiled before there is too much of it: programmes are mapped into memory."""
     yield
-    import jax  # after `pytest_configure`
+    mappings = pathlib.Path("/proc/self/maps")
+    if not mappings.exists() or mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax  # after `pytest_configure`
 
-    jax.clear_caches()
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -45,35 +57,40 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def trained(tiny, tmp_path_factory):
-    """Workdir of a tiny run through the three stages, with its report: 2 + 6 + 80 steps."""
-    from bitmixer_jax.runs import train_and_report
-
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    train_and_report(tiny(), workdir)
-    return workdir
+def stored_runs(tmp_path_factory):
+    """Folder with the stored runs of the tiny configuration; tests that write copy them first."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
 
 
 @pytest.fixture(scope="session")
-def trained_float(tiny, tmp_path_factory):
-    """Workdir of a tiny float twin, with its report: 8 steps."""
-    from bitmixer_jax.runs import train_and_report
+def trained(stored_runs):
+    """Workdir of a tiny run through the three stages: 2 + 6 + 80 steps."""
+    return stored_runs / "run"
 
-    workdir = tmp_path_factory.mktemp("float") / "run"
-    train_and_report(tiny(variant="float"), workdir)
-    return workdir
+
+@pytest.fixture(scope="session")
+def trained_float(stored_runs):
+    """Workdir of a tiny float twin: 8 steps."""
+    return stored_runs / "float"
 
 
 @pytest.fixture(scope="session")
 def command():
     """``command("evaluate", ...)``: runs the command line in a process of its own."""
 
-    def run(*words):
+    def run(*words, **changes):
+        environment = {**os.environ, **{k: v for k, v in changes.items() if v is not None}}
+        for name in (name for name, value in changes.items() if value is None):
+            environment.pop(name, None)
         return subprocess.run(
             [sys.executable, "-m", "bitmixer_jax.cli", *map(str, words)],
             capture_output=True,
             text=True,
             check=False,
+            env=environment,
         )
 
     return run

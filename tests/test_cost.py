@@ -341,3 +341,12 @@ def test_the_table_refuses_a_policy_that_does_not_fit():
     model = tiny()
     with pytest.raises(bm.UserError, match="5 widths for a network of 6"):
         describe(model, [4] * 5, costs(model))
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "9" * 5000], ids=["1e400", "5000 digits"])
+def test_seconds_too_large_are_refused(latency, number):
+    path = latency(ends=7.5)
+    assert "7.5" in path.read_text()
+    path.write_text(path.read_text().replace("7.5", number))
+    with pytest.raises(bm.UserError, match="latency"):
+        load_latency(path, tiny())

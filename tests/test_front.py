@@ -319,3 +319,19 @@ def test_a_policy_file_with_anything_in_it_is_refused_or_is_a_policy(tmp_path):
         assert policy.shape == (3,)
         assert set(policy.tolist()) <= {2, 3, 4}
     assert 1000 < refused < 2000
+
+
+def test_notes_do_not_replace_what_a_front_file_says(tmp_path):
+    make(notes={"points": [], "about": 1}).save(tmp_path / "front.json")
+    assert load_front(tmp_path / "front.json", NAMES, SPACE).points == POINTS
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "9" * 5000], ids=["1e400", "5000 digits"])
+@pytest.mark.parametrize("old", ["150.5", "0.25", "0.625"])
+def test_numbers_too_large_for_a_front_are_refused(tmp_path, number, old):
+    path = tmp_path / "front.json"
+    make().save(path)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, number))
+    with pytest.raises(bm.UserError, match="front file"):
+        load_front(path, NAMES, SPACE)

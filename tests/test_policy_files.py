@@ -238,3 +238,17 @@ def test_of_two_changes_of_one_name_the_later_counts_in_its_place():
 def test_parse_changes_refuses_anything_else(text):
     with pytest.raises(bm.UserError, match="write LAYER=WIDTH"):
         parse_changes(["stage1.*=2", text])
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "9" * 5000], ids=["1e400", "5000 digits"])
+def test_numbers_too_large_for_a_policy_are_refused(saved, number):
+    path = saved()
+    text = path.read_text()
+    path.write_text(text.replace('"stage1.conv1": 4', f'"stage1.conv1": {number}'))
+    assert path.read_text() != text
+    with pytest.raises(bm.UserError, match="policy"):
+        bm.load_policy(path, NAMES, SPACE)
+    with pytest.raises(bm.UserError):
+        parse_policy(number, NAMES, SPACE)
+    with pytest.raises(bm.UserError):
+        parse_changes([f"stage1.conv1={number}"])

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bitmixer_jax as bm
 from bitmixer_jax.export.deployed import deploy
@@ -25,6 +26,13 @@ KINDS = {
         name="resnet8", image_shape=(8, 8, 1), width=6, weight_kind="double", choices=(2, 5, 8)
     ),
 }
+
+# One of each weight quantiser, shortcuts with kernels, quantised ends: the others take longer.
+EVERYDAY = ("resnet18", "int8 ends", "double", "independent")
+EACH_KIND = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in EVERYDAY else pytest.mark.slow) for kind in KINDS],
+)
 
 
 @functools.cache

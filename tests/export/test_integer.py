@@ -7,10 +7,10 @@ import pytest
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.deployed import deploy, narrowed
 from bitmixer_jax.export.integer import run_integer, tensors
-from tests.export.networks import KINDS, deployed, images, network, policies
+from tests.export.networks import EACH_KIND, deployed, images, network, policies
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_logits_are_those_of_the_simulated_network(kind):
     model, variables = network(kind)
     x, packed = images(kind), deployed(kind)
@@ -22,7 +22,9 @@ def test_logits_are_those_of_the_simulated_network(kind):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["resnet8", "mobilenet", "double"])
+@pytest.mark.parametrize(
+    "kind", ["resnet8", "double", pytest.param("mobilenet", marks=pytest.mark.slow)]
+)
 def test_every_layer_is_equal_bit_for_bit(kind):
     model, variables = network(kind)
     x, policy = images(kind), policies(kind)[-1]

@@ -15,7 +15,7 @@ from bitmixer_jax.export.integer import run_integer
 from bitmixer_jax.export.onnx_graph import CARRIERS, policy_model, save_onnx, switchable_model
 from bitmixer_jax.export.onnx_int8 import int8_model, stream_ranges
 from bitmixer_jax.export.onnx_runner import OPTIMIZATION, OnnxRunner
-from tests.export.networks import KINDS, deployed, network, policies
+from tests.export.networks import EACH_KIND, KINDS, deployed, network, policies
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -51,7 +51,7 @@ def switchable(tmp_path_factory):
 
 
 @pytest.mark.parametrize("level", OPTIMIZATION)
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_the_switchable_graph_gives_the_logits_of_the_network(kind, level, switchable):
     runner, run, images = OnnxRunner(switchable(kind), level), reference(kind), pixels(kind)
     for policy in policies(kind):
@@ -59,7 +59,7 @@ def test_the_switchable_graph_gives_the_logits_of_the_network(kind, level, switc
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_the_graph_of_one_policy_gives_its_logits(kind, carrier, tmp_path):
     run, images = reference(kind), pixels(kind)
     for number, policy in enumerate(policies(kind)[:: 1 if carrier == "int8" else 3]):
@@ -70,7 +70,7 @@ def test_the_graph_of_one_policy_gives_its_logits(kind, carrier, tmp_path):
             np.testing.assert_allclose(found, run(images, policy), **CLOSE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_the_fast_graph_gives_nearly_the_logits_of_its_policy(kind, tmp_path):
     run, images = reference(kind), pixels(kind, 32)
     for number, policy in enumerate(policies(kind)):

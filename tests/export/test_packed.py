@@ -11,7 +11,7 @@ import pytest
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.integer import run_integer
 from bitmixer_jax.export.packed import load_packed, pack, save_packed, unpack
-from tests.export.networks import KINDS, deployed, images
+from tests.export.networks import EACH_KIND, KINDS, deployed, images
 
 NESTED = [kind for kind in KINDS if kind != "independent"]
 
@@ -34,7 +34,7 @@ def start_of_planes(data):
     return [8 + size + begin for begin, _ in planes] + [len(data)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_round_trip_keeps_every_number(kind):
     before, after = deployed(kind), unpack(pack(deployed(kind)), "file")
     for field in (

@@ -11,7 +11,7 @@ from bitmixer_jax.data import normalize
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.integer import tensors
 from bitmixer_jax.export.pytorch import TorchRunner, export_pytorch, state_dict
-from tests.export.networks import KINDS, deployed, network, policies
+from tests.export.networks import EACH_KIND, deployed, network, policies
 
 torch = pytest.importorskip("torch")
 
@@ -35,7 +35,7 @@ def pixels(kind, number=6):
     return np.random.default_rng(3).integers(256, size=(number, *shape)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_every_tensor_is_that_of_the_integer_engine(kind, exported):
     net, found = TorchRunner(exported(kind)).net, deployed(kind)
     images = pixels(kind)

@@ -351,3 +351,33 @@ def test_one_layer_and_one_choice_are_enough():
     rng = np.random.default_rng(0)
     found = (problem.cheapest(), problem.draw(rng), problem.minimise(np.zeros((1, 1))))
     assert [genes.tolist() for genes in found] == [[0]] * 3
+
+
+# --- limits that just one policy meets ---
+
+
+def test_a_limit_just_below_the_best_policy_is_still_solved():
+    model = bm.create_model("resnet18", num_classes=1000)
+    count, layers = costs(model)["bytes"], model.num_layers
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        genes = rng.integers(3, size=layers)
+        table = np.ones((layers, 3))
+        table[np.arange(layers), genes] = 0
+        most = float(count(np.asarray(CHOICES)[genes])) - 1
+        limits = (Limit(cost=count, most=most),)
+        problem = Problem(space=SPACE, groups=model.groups(), axis=count, limits=limits)
+        found = problem.minimise(table)
+        assert problem.fits(found)
+        assert table[np.arange(layers), found].sum() == 1
+
+
+def test_a_limit_of_nothing_at_all_can_be_met():
+    free = np.ones((6, 3))
+    free[:, 1] = 0
+    free[0] = [1, 1, 0]
+    latency = Cost(name="latency_ms", unit="ms", choices=CHOICES, table=free)
+    bits = Cost(name="avg_bits", unit="bits", choices=CHOICES, table=np.tile(CHOICES, (6, 1)))
+    limits = (Limit(cost=bits, most=20), Limit(cost=latency, most=0))
+    problem = Problem(space=SPACE, groups=tuple(range(6)), axis=bits, limits=limits)
+    assert problem.minimise(np.zeros((6, 3))).tolist() == [2, 1, 1, 1, 1, 1]

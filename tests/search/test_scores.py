@@ -211,6 +211,51 @@ def test_a_place_that_cannot_be_written_is_one_line_before_the_work(tmp_path):
             ScoreBook(Measure(), place, ABOUT)
 
 
+HEADER = json.dumps({"format": "bitmixer-scores", "version": 1, **ABOUT}) + "\n"
+
+
+def test_scores_of_another_network_are_said_to_be(path):
+    path.parent.mkdir()
+    path.write_text(HEADER)
+    with pytest.raises(bm.UserError, match="another network or of other images"):
+        ScoreBook(Measure(), path, {**ABOUT, "network": "1"})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"widths": [2], "top1": 1' + b"0" * 400 + b', "loss": 1, "seconds": 1}',
+        b'{"widths": [2], "top1": NaN, "loss": 1, "seconds": 1}',
+        b'{"widths": [2], "top1": 1, "loss": Infinity, "seconds": 1}',
+    ],
+)
+def test_lines_with_anything_in_them_are_refused(path, line):
+    path.parent.mkdir()
+    path.write_bytes(HEADER.encode() + line + b"\n")
+    with pytest.raises(bm.UserError, match="damaged; remove it"):
+        ScoreBook(Measure(), path, ABOUT)
+
+
+def test_every_cut_of_the_header_is_mended(path):
+    path.parent.mkdir()
+    for cut in range(len(HEADER)):
+        path.write_text(HEADER[:cut])
+        ScoreBook(Measure(), path, ABOUT)(policies_of(A))
+        assert path.read_text().startswith(HEADER)
+        assert len(path.read_text().splitlines()) == 2
+        ScoreBook(Measure(), path, ABOUT)
+
+
+def test_scores_that_cannot_be_noted_are_one_line(path):
+    path.parent.mkdir()
+    book = ScoreBook(Measure(), path, ABOUT)
+    path.mkdir()
+    with pytest.raises(bm.UserError, match="cannot write there"):
+        book(policies_of(A))
+
+
 # --- searches that were stopped ---
 
 

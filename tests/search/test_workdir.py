@@ -1,7 +1,5 @@
 """Searches of a trained network: budgets kept, test data read once, files, honest words."""
 
-import dataclasses
-import errno
 import functools
 import json
 import pathlib
@@ -15,54 +13,17 @@ from bitmixer_jax.bits import load_policy
 from bitmixer_jax.cost import activation_peak, costs
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.evaluation import Evaluator
-from bitmixer_jax.front import load_front
-from bitmixer_jax.search import METHODS, IntegerProgram, Problem
+from bitmixer_jax.search import (
+    METHODS,
+    IntegerProgram,
+    Problem,
+)
 from bitmixer_jax.search import workdir as workdirs
-from bitmixer_jax.search.workdir import Settings, Trained, front_workdir, left_out, search_workdir
+from bitmixer_jax.search.workdir import Settings, Trained, front_workdir, search_workdir
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
 
 SMALL = dict(images=64, evaluations=24)
-
-
-@pytest.fixture(scope="module")
-def workdir(trained, tmp_path_factory):
-    """A copy of the trained run: searches write into it."""
-    return str(shutil.copytree(trained, tmp_path_factory.mktemp("searched") / "run"))
-
-
-@pytest.fixture(scope="module")
-def model(trained):
-    return load_trained(trained)[1]
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """What is read: the splits that are loaded, and how many policies each call of top1 has."""
-    seen = {"splits": [], "top1": []}
-    load, top1 = data.open_split, Evaluator.top1
-
-    def counting_load(name, split, data_dir=None, **how):
-        seen["splits"].append(split)
-        return load(name, split, data_dir, **how)
-
-    def counting_top1(self, variables, policies, *rest):
-        seen["top1"].append((self.examples, len(policies)))
-        return top1(self, variables, policies, *rest)
-
-    monkeypatch.setattr(data, "open_split", counting_load)
-    monkeypatch.setattr(Evaluator, "top1", counting_top1)
-    return seen
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Fails where a network is loaded: the mistake must be found before the work."""
-
-    def load(source):
-        raise AssertionError("the network was loaded")
-
-    monkeypatch.setattr(workdirs, "load_trained", load)
 
 
 # --- a policy within a budget ---
@@ -190,6 +151,34 @@ def test_a_latency_file_is_a_budget_of_its_own(workdir, model, tmp_path):
     assert json.loads(out.read_text())["cost"]["latency_ms"] == pytest.approx(6)
 
 
+def test_block_selection_searches_whole_blocks(workdir, model, tmp_path, as_if):
+    as_if(selection="block")
+    out = tmp_path / "policy.json"
+    search_workdir(workdir, ["avg_bits=3"], out, Settings(**SMALL))
+    policy = load_policy(out, model.names, model.space)
+    assert policy[::2].tolist() == policy[1::2].tolist()
+
+
+def test_a_search_needs_no_more_policies_than_it_says(workdir):
+    trained = Trained(workdir, Settings(**SMALL))
+    problem = Problem(space=trained.model.space, groups=trained.groups, axis=trained.costs["bytes"])
+    for name in METHODS:
+        settings = Settings(method=name, **SMALL)
+        trained.settings = settings
+        found = trained.search(problem)
+        assert len(found.policies) <= trained.method(problem).evaluations(problem)
+        assert trained.about_search(found)["evaluations"] == len(found.policies)
+
+
+def test_scores_are_kept_in_the_workdir_also_where_a_folder_above_has_an_at_sign(trained, tmp_path):
+    (tmp_path / "me").mkdir()
+    workdir = shutil.copytree(trained, tmp_path / "me@home" / "run")
+    found = Trained(str(workdir), Settings(**SMALL))
+    found.book(np.asarray([[4] * 6], np.int32))
+    assert list((workdir / "search").iterdir())
+    assert not list((tmp_path / "me").iterdir())
+
+
 # --- mistakes ---
 
 
@@ -226,24 +215,6 @@ def test_a_budget_out_of_reach_measures_nothing(workdir, tmp_path, monkeypatch):
     assert not (tmp_path / "policy.json").exists()
 
 
-@pytest.mark.parametrize("split", ["test", "test[:50]", "test[100:]"])
-def test_test_data_are_refused_for_the_search(workdir, tmp_path, reads, split):
-    with pytest.raises(UserError, match="that is test data; search on training data"):
-        search_workdir(
-            workdir, ["avg_bits=3"], tmp_path / "policy.json", Settings(split=split, **SMALL)
-        )
-    assert reads["splits"] == []
-
-
-@pytest.mark.parametrize("split", ["tset", "train[", "train[5:5]", "train[2000:]"])
-def test_a_split_that_there_is_not_is_one_line(workdir, tmp_path, split):
-    with pytest.raises(UserError, match="split") as caught:
-        search_workdir(
-            workdir, ["avg_bits=3"], tmp_path / "policy.json", Settings(split=split, **SMALL)
-        )
-    assert len(str(caught.value).splitlines()) == 1
-
-
 def test_a_float_twin_has_nothing_to_search(trained_float, tmp_path):
     for run in (
         lambda: search_workdir(
@@ -269,171 +240,3 @@ def test_a_float_twin_has_nothing_to_search(trained_float, tmp_path):
 def test_settings_that_are_not_allowed_are_one_line(changes, message):
     with pytest.raises(UserError, match=message):
         Settings(**changes)
-
-
-# --- which images score policies ---
-
-
-@pytest.mark.parametrize(
-    ("split", "rest"),
-    [
-        ("train[:256]", "train[256:]"),
-        ("train[:90%]", "train[90%:]"),
-        ("train[1000:]", "train[:1000]"),
-        ("train[10%:]", "train[:10%]"),
-        ("train", None),
-        ("train[:]", None),
-        ("train[10:20]", "train[:10]+train[20:]"),
-        ("train[10%:90%]", "train[:10%]+train[90%:]"),
-        ("train[-10:]", "train[:-10]"),
-        ("train[:-10%]", "train[-10%:]"),
-    ],
-)
-def test_what_training_left_out(split, rest):
-    assert left_out(split) == rest
-
-
-@pytest.fixture
-def as_if_trained_on(monkeypatch):
-    """``as_if_trained_on(split)``: the runs that are loaded say so."""
-
-    def change(split):
-        def load(source):
-            run, model, variables = load_trained(source)
-            return dataclasses.replace(run, train_split=split), model, variables
-
-        monkeypatch.setattr(workdirs, "load_trained", load)
-
-    return change
-
-
-def test_images_that_were_trained_on_are_said_to_be(workdir, tmp_path, as_if_trained_on, reads):
-    as_if_trained_on("train")
-    settings = Settings(method="random", images=16, evaluations=2)
-    lines = search_workdir(workdir, ["avg_bits=3"], tmp_path / "policy.json", settings)
-    assert reads["splits"][0] == "train"
-    assert "on 16 images of train; the network was trained on them: train with" in lines[-2]
-    assert "config.train_split=train[:90%]" in lines[-2]
-
-
-def test_a_split_that_was_asked_for_is_used(workdir, as_if_trained_on):
-    as_if_trained_on("train[:90%]")
-    trained = Trained(workdir, Settings(split="train[1400:]"))
-    assert trained.split == "train[1400:]"
-    assert len(trained.data) == 37
-    assert not trained.seen_in_training
-
-
-def test_block_selection_searches_whole_blocks(workdir, model, tmp_path, monkeypatch):
-    def load(source):
-        run, network, variables = load_trained(source)
-        return dataclasses.replace(run, selection="block"), network, variables
-
-    monkeypatch.setattr(workdirs, "load_trained", load)
-    out = tmp_path / "policy.json"
-    search_workdir(workdir, ["avg_bits=3"], out, Settings(**SMALL))
-    policy = load_policy(out, model.names, model.space)
-    assert policy[::2].tolist() == policy[1::2].tolist()
-
-
-# --- fronts ---
-
-
-def test_a_front_is_written_with_its_plots(workdir, model, reads, tmp_path):
-    out = tmp_path / "deep" / "front"
-    lines = front_workdir(workdir, "bitops", out, Settings(method="evolution", **SMALL), random=5)
-    assert {path.name for path in out.iterdir()} == {"front.json", "front.png", "widths.png"}
-    assert all(
-        (out / name).read_bytes().startswith(b"\x89PNG") for name in ("front.png", "widths.png")
-    )
-    _, _, variables = load_trained(workdir)
-    front = load_front(out / "front.json", model.names, model.space, digest(variables))
-    bitops = costs(model)["bitops"]
-    assert (front.cost, front.unit) == ("bitops", "BitOPs")
-    for point in front.points:
-        assert point.cost == bitops(np.asarray(point.widths))
-        assert 0 <= point.test_top1 <= 1
-    assert front.points[0].widths == (2,) * 6
-    assert [entry["widths"][0] for entry in front.notes["uniform"]] == [2, 3, 4]
-    assert len(front.notes["random"]) == 5
-    assert front.notes["test"] == {"examples": 100}
-    assert front.notes["search"]["method"] == "evolution"
-    assert front.notes["search"]["images"] == 64
-    assert reads["splits"][-1] == "test[:100]"
-    assert set(reads["splits"][:-1]) == {"train[256:]"}
-    assert reads["top1"] == [(100, len(front.points) + 3 + 5)]
-    assert lines[-1] == "Test data: 100 images, read once, after the search."
-    shown = [line for line in lines if line.startswith("| ") and "," in line]
-    assert min(len(front.points), 12) <= len(shown) <= len(front.points) + 1
-
-
-@pytest.mark.parametrize("name", ["greedy", "ilp", "random"])
-def test_every_method_draws_a_front(workdir, model, tmp_path, name):
-    settings = Settings(method=name, images=64, evaluations=8)
-    front_workdir(workdir, "avg_bits", tmp_path, settings, random=0)
-    front = load_front(tmp_path / "front.json", model.names, model.space)
-    assert (front.cost, front.unit) == ("avg_bits", "bits")
-    assert front.notes["random"] == []
-    if name != "random":
-        assert front.best(2.0).widths == (2,) * 6
-
-
-def test_the_points_of_a_front_score_on_test_as_they_do_alone(workdir, tmp_path):
-    front_workdir(workdir, "bytes", tmp_path, Settings(method="random", **SMALL), random=2)
-    content = json.loads((tmp_path / "front.json").read_text())
-    _, model, variables = load_trained(workdir)
-    test = data.load("digits", "test[:100]")
-    evaluator = Evaluator(model, test, test.mean, test.std, batch_size=500)
-    for entry in (*content["points"], *content["uniform"], *content["random"]):
-        alone = evaluator.top1(variables, np.asarray([entry["widths"]], np.int32))
-        assert entry["test_top1"] == alone[0]
-
-
-def test_a_front_that_is_there_is_refused_before_any_work(no_network, workdir, tmp_path):
-    (tmp_path / "front.json").write_text("mine")
-    with pytest.raises(UserError, match=r"front.json: .*already exists"):
-        front_workdir(workdir, "bitops", tmp_path, Settings(**SMALL))
-    assert [path.name for path in tmp_path.iterdir()] == ["front.json"]
-
-
-def test_a_front_in_place_of_a_file_is_refused_before_any_work(no_network, workdir, tmp_path):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "front"):
-        with pytest.raises(UserError, match=r"--out .*cannot write"):
-            front_workdir(workdir, "bitops", out, Settings(**SMALL))
-
-
-@pytest.mark.parametrize(
-    ("cost", "message"),
-    [
-        ("bitop", "did you mean bitops"),
-        ("latency_ms", r"give --latency"),
-        ("flops", "one of avg_bits, "),
-    ],
-)
-def test_an_unknown_cost_measures_nothing(workdir, tmp_path, monkeypatch, cost, message):
-    monkeypatch.setattr(Evaluator, "scores", None)
-    with pytest.raises(UserError, match=message):
-        front_workdir(workdir, cost, tmp_path, Settings(**SMALL))
-
-
-def test_a_search_needs_no_more_policies_than_it_says(workdir):
-    trained = Trained(workdir, Settings(**SMALL))
-    problem = Problem(space=trained.model.space, groups=trained.groups, axis=trained.costs["bytes"])
-    for name in METHODS:
-        settings = Settings(method=name, **SMALL)
-        trained.settings = settings
-        found = trained.search(problem)
-        assert len(found.policies) <= trained.method(problem).evaluations(problem)
-        assert trained.about_search(found)["evaluations"] == len(found.policies)
-
-
-def test_a_front_that_cannot_be_written_leaves_no_folder(workdir, tmp_path, monkeypatch):
-    def full(path, content):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("bitmixer_jax.files.write_whole", full)
-    out = tmp_path / "new" / "front"
-    with pytest.raises(UserError, match=r"No space left on device.*make room"):
-        front_workdir(workdir, "bytes", out, Settings(images=16, method="greedy"), random=2)
-    assert not out.exists()

@@ -65,7 +65,7 @@ def test_another_process_in_another_folder_loads_it(workdir, images, tmp_path, m
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         check=True,
