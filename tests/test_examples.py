@@ -18,6 +18,7 @@ from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.checkpoints import digest
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
+SLOW = pytest.mark.slow
 POLICIES = ([2] * 6, [3, 2, 3, 2, 3, 2], [4] * 6)
 
 
@@ -91,6 +92,7 @@ def test_follow_budget_writes_numbers_and_a_plot(trained, front, tmp_path):
     assert found["accuracy"] > 0.2
 
 
+@pytest.mark.slow
 def test_follow_budget_refuses_a_front_of_other_weights(trained, front, tmp_path):
     given = ["--front", front, "--out", tmp_path / "out", "--steps", 5]
     done = run("follow_budget.py", "--workdir", f"{trained}@weights", *given)
@@ -117,6 +119,7 @@ def test_classify_folder_goes_round_and_ends(trained, photos):
     assert lines[9:] == ["stopped after 2 rounds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_classify_folder_switches_when_told(trained, front, photos, stop):
     by_file = stop == signal.SIGTERM
@@ -145,8 +148,8 @@ def test_classify_folder_switches_when_told(trained, front, photos, stop):
     ("words", "said"),
     [
         (["--policy", "5"], "policy: width 5"),
-        (["--policy", "4,4"], "2 widths for a network of 6 layers"),
-        (["--front", "none.json"], "none.json: no such front file"),
+        pytest.param(["--policy", "4,4"], "2 widths for a network of 6 layers", marks=SLOW),
+        pytest.param(["--front", "none.json"], "none.json: no such front file", marks=SLOW),
     ],
 )
 def test_classify_folder_says_what_is_wrong_in_one_line(trained, photos, words, said):
@@ -159,6 +162,7 @@ def test_classify_folder_says_what_is_wrong_in_one_line(trained, photos, words, 
 # --- time_switches.py ---
 
 
+@pytest.mark.slow
 def test_time_switches_writes_both_times(trained, tmp_path):
     out = tmp_path / "out.json"
     given = ["--workdir", trained, "--calls", 20, "--images", 1, 8, "--json", out]

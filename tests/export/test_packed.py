@@ -11,7 +11,7 @@ import pytest
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.integer import run_integer
 from bitmixer_jax.export.packed import load_packed, pack, save_packed, unpack
-from tests.export.networks import EACH_KIND, KINDS, deployed, images
+from tests.export.networks import EACH_KIND, EVERYDAY, KINDS, deployed, images
 
 NESTED = [kind for kind in KINDS if kind != "independent"]
 
@@ -68,7 +68,10 @@ def test_other_readers_open_it(tmp_path):
     assert np.array_equal(bits, deployed("resnet8").layers[0].kernels[0].codes.ravel() < 0)
 
 
-@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in EVERYDAY else pytest.mark.slow) for kind in NESTED],
+)
 def test_cut_after_some_planes_it_is_the_narrower_network(kind):
     whole, data = deployed(kind), pack(deployed(kind))
     edges = start_of_planes(data)
