@@ -27,6 +27,7 @@ def test_damaged_images_are_named_and_counted(pictures):
     data = opened(("folder:pictures", pictures))
     with pytest.raises(UserError, match="3 of the 45 images of a batch cannot be read") as caught:
         training(data, 0, 1, batch=45)
+    assert len(names) == 3
     assert all(name in str(caught.value) for name in names)
     assert "skip_unreadable=True" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -108,6 +108,7 @@ def test_images_of_another_shape_are_refused(exported):
 def test_quantised_weights_are_int8_alone():
     state = state_dict(deployed("resnet18"))
     floats = [name for name, array in state.items() if array.dtype == np.float32]
+    assert floats
     assert all(
         name.endswith((".multiplier", ".offset", ".step", "stem.kernel", "head_kernel", "_bias"))
         for name in floats

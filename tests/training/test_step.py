@@ -1,5 +1,6 @@
 """The training step: gradients reach what they should, and nothing else moves."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -29,6 +30,10 @@ from bitmixer_jax.training.step import Spread, StepSettings, TrainState, make_tr
 SPACE = BitSpace((2, 3, 4))
 B = 16
 SGD = OptimizerSettings()
+DECAYING = OptimizerSettings(momentum=0.9, weight_decay=0.01)
+LAYER_WISE = Stage(
+    name="s", epochs=1, widths="layer", ramp=0.0, schedule="constant", learning_rate=0.05
+)
 
 
 def network():
@@ -38,25 +43,39 @@ def network():
     )
 
 
-def setting(stage, optimizer=SGD, devices=None, most=1, **changes):
-    """A step, a fresh state and data for a tiny network; the pieces a loop would hold."""
-    devices = devices or jax.devices()[:1]
-    model = network()
+def images():
+    """The data of the tiny network."""
     rng = np.random.default_rng(0)
-    data = {
+    return {
         "image": rng.integers(0, 256, (64, 8, 8, 1), np.uint8),
         "label": rng.integers(0, 3, 64, np.int32),
     }
+
+
+@functools.cache
+def first_variables():
+    model, x = network(), (images()["image"][:B].astype(np.float32) - 128) / 64
+    return jax.jit(lambda key: init(model, key, jnp.asarray(x)))(jax.random.key(0))
+
+
+@functools.cache
+def spread_step(stage, optimizer, devices, most, changes):
+    """The compiled step, once for all tests of the same settings."""
     tx = make_optimizer(optimizer, stage, 100)
-    x = (data["image"][:B].astype(np.float32) - 128) / 64
-    variables = jax.jit(lambda key: init(model, key, jnp.asarray(x)))(jax.random.key(0))
+    fixed = dict(seed=0, start=0, steps=100, batch_size=B, mean=(128.0,), std=(64.0,), pad=1)
+    settings = StepSettings(**{**fixed, **dict(changes)})
+    return tx, Spread(make_train_step(network(), stage, tx, settings), list(devices), most)
+
+
+def setting(stage, optimizer=SGD, devices=None, most=1, **changes):
+    """A step, a fresh state and data for a tiny network; the pieces a loop would hold."""
+    devices = devices or jax.devices()[:1]
+    tx, step = spread_step(stage, optimizer, tuple(devices), most, tuple(changes.items()))
+    variables = jax.tree.map(jnp.array, first_variables())
     state = TrainState(
         jnp.int32(0), variables["params"], variables["batch_stats"], tx.init(variables["params"])
     )
-    fixed = dict(seed=0, start=0, steps=100, batch_size=B, mean=(128.0,), std=(64.0,), pad=1)
-    settings = StepSettings(**{**fixed, **changes})
-    step = Spread(make_train_step(model, stage, tx, settings), devices, most)
-    return model, step, replicate(state, devices), replicate(data, devices)
+    return network(), step, replicate(state, devices), replicate(images(), devices)
 
 
 def rows(number, start=0):
@@ -68,10 +87,7 @@ def changed(old, new):
 
 
 def test_unselected_slices_do_not_move_under_momentum_and_weight_decay():
-    stage = Stage(name="s", epochs=1, widths="layer", ramp=0.0, schedule="constant")
-    model, step, state, data = setting(
-        stage, OptimizerSettings(momentum=0.9, weight_decay=0.1), pad=0
-    )
+    model, step, state, data = setting(LAYER_WISE, DECAYING, pad=0)
     for number in range(6):
         before = jax.device_get(state)
         state, _ = step(state, data, rows(1, number))
@@ -172,8 +188,7 @@ def test_cross_entropy_with_smoothing_against_the_formula():
 
 
 def test_one_trace_for_all_policies_and_the_loss_goes_down():
-    stage = Stage(name="s", epochs=1, widths="layer", ramp=0.0, learning_rate=0.05)
-    _, step, state, data = setting(stage, pad=0)
+    _, step, state, data = setting(LAYER_WISE, DECAYING, pad=0)
     losses = []
     for number in range(40):
         state, metrics = step(state, data, rows(1, number))
@@ -206,7 +221,7 @@ def test_rho_zero_makes_the_layer_wise_stage_equal_the_network_wide_one():
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("policies", ["sum", "sandwich"])
+@pytest.mark.parametrize("policies", [pytest.param("sum", marks=pytest.mark.slow), "sandwich"])
 def test_several_policies_visit_their_pairs_and_distil_from_the_widest(policies):
     stage = Stage(name="s", epochs=1, policies=policies, distill="widest")
     model, step, state, data = setting(stage, pad=0)
