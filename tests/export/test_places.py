@@ -15,6 +15,7 @@ from bitmixer_jax.export import workdir
 from bitmixer_jax.export.packed import load_packed, plane_ends
 from bitmixer_jax.export.predict import predict_files
 from bitmixer_jax.export.raw import load_raw
+from bitmixer_jax.export.verify import verify
 from bitmixer_jax.export.workdir import Settings, export_workdir
 from bitmixer_jax.runtime import Runtime
 
@@ -34,12 +35,12 @@ def one_line(call, *arguments, match=None):
 def test_two_exports_to_one_path_are_refused(trained, tmp_path, monkeypatch):
     out, held = tmp_path / "net", []
 
-    def again(source, path, settings):
+    def again(*given):
         held.append(names(tmp_path))
         one_line(export_workdir, str(trained), out, QUICK, True, match="--out .*another process")
-        return workdir._packed(source, path, settings)
+        return verify(*given)
 
-    monkeypatch.setitem(workdir._WRITERS, "packed", again)
+    monkeypatch.setattr(workdir, "verify", again)
     export_workdir(str(trained), out, QUICK)
     assert held == [[".net.lock", ".net.partial"]]
     assert names(tmp_path) == ["net", "net.report.json"]

@@ -1,5 +1,6 @@
 """bitmixer export and predict on a trained workdir."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from bitmixer_jax import cli, data
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export import workdir
-from bitmixer_jax.export.packed import load_packed
+from bitmixer_jax.export.packed import load_packed, save_packed
 from bitmixer_jax.export.predict import predict_files
 from bitmixer_jax.export.workdir import Settings, export_workdir
 from bitmixer_jax.runtime import Runtime
@@ -77,11 +78,11 @@ def test_float16_tables_are_smaller(trained, packed, tmp_path):
 
 
 def test_a_mismatch_fails_and_leaves_nothing(trained, tmp_path, monkeypatch):
-    def wrong(source, path, settings):
-        what, engine, tolerance = workdir._packed(source, path, settings)
-        return what, lambda images, policy: engine(images, policy) + 1, tolerance
+    def wrong(path, network, *rest):
+        head = dataclasses.replace(network.head, kernel=-network.head.kernel)
+        save_packed(path, dataclasses.replace(network, head=head), *rest)
 
-    monkeypatch.setitem(workdir._WRITERS, "packed", wrong)
+    monkeypatch.setattr(workdir, "save_packed", wrong)
     with pytest.raises(UserError, match="MISMATCH"):
         export_workdir(str(trained), tmp_path / "net", Settings(format="packed", **QUICK))
     assert list(tmp_path.iterdir()) == []

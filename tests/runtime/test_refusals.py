@@ -8,6 +8,7 @@ import pytest
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.pairs import never_visited
 from bitmixer_jax.runtime import Runtime
+from bitmixer_jax.training import load_trained
 from tests.runtime.builds import build, drawn
 
 
@@ -32,8 +33,8 @@ def test_pairs_never_visited_are_refused(young, runtime, digits, compilations):
     assert young.network != runtime.network
 
 
-def test_just_the_policies_that_evaluation_refuses_are_refused(young, network):
-    stats = young._weights["batch_stats"]
+def test_just_the_policies_that_evaluation_refuses_are_refused(young, network, trained):
+    stats = load_trained(f"{trained}@weights")[2]["batch_stats"]
     # Few random policies of six layers are uniform: most of these change their width just once.
     changes = [[a] * cut + [b] * (6 - cut) for a in (2, 3, 4) for b in (2, 3, 4) for cut in (1, 4)]
     refused = 0

@@ -215,7 +215,7 @@ def test_a_machine_that_cannot_read_is_not_damage(copy, monkeypatch):
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
         with pytest.raises(UserError, match="cannot be read now"):
             checkpoints.restore_whole(make_state(0), lambda text: None)
     assert checkpoints.steps == [3, 7]
@@ -269,7 +269,7 @@ def test_full_disk_keeps_the_checkpoint_before(copy, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints._manager, "save", full)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     with pytest.raises(
         UserError, match=r"the disk is full; that of step 7 is whole\. Make room"
     ) as caught:

@@ -9,6 +9,7 @@ from bitmixer_jax.runs import train_and_report
 from bitmixer_jax.training import load_trained
 from bitmixer_jax.training.metrics import read_metrics
 from bitmixer_jax.training.plan import make_plan
+from tests.states import newest_state
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,8 @@ def test_layers_of_a_block_never_met_at_different_widths(unusual):
 
 
 def test_evaluation_uses_the_moving_average(unusual):
-    run, model, variables = load_trained(unusual)
-    from bitmixer_jax.training.checkpoints import Checkpoints
-    from bitmixer_jax.training.claims import read_config
-
-    examples = read_config(unusual)["made_for"]["examples"]
-    plan = make_plan(run, model, examples)
-    state = Checkpoints(unusual, read_only=True).restore(plan.abstract_state())
+    _, _, variables = load_trained(unusual)
+    state = newest_state(unusual)
     averaged, last = jax.tree.leaves(variables["params"]), jax.tree.leaves(state.params)
     for a, b in zip(averaged, jax.tree.leaves(state.ema), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -4,7 +4,6 @@ import functools
 import json
 import pathlib
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -20,13 +19,12 @@ from bitmixer_jax.pairs import covering_policies
 from bitmixer_jax.runs import evaluate_workdir, train_and_report
 from bitmixer_jax.runtime import Runtime
 from bitmixer_jax.search.workdir import Settings, Trained
-from bitmixer_jax.training import Interrupted, load_config, load_trained, loop, train
-from bitmixer_jax.training.checkpoints import Checkpoints
+from bitmixer_jax.training import Interrupted, load_config, load_trained, train
 from bitmixer_jax.training.config import read
 from bitmixer_jax.training.metrics import read_metrics
+from tests.states import assert_same_end, newest_values, terminate_at
 
 CONFIG = pathlib.Path(__file__).parent / "streamed_config.py"
-STEPS = 2 + 5 + 50
 
 
 @pytest.fixture(scope="module")
@@ -44,81 +42,57 @@ def configured(pictures, *settings, variant=""):
 
 @pytest.fixture(scope="module")
 def streamed(pictures, tmp_path_factory):
-    """Workdir of a whole run, with its report."""
+    """Workdir of a run through the last stage alone, with its report."""
     workdir = tmp_path_factory.mktemp("streamed") / "run"
-    train_and_report(configured(pictures), workdir)
+    train_and_report(configured(pictures, "order=('mixed',)"), workdir)
     return workdir
 
 
-def values(workdir):
-    """All values of the newest state, and its step."""
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.steps[-1]
-    state = checkpoints._manager.restore(step)["state"]
-    checkpoints.close()
-    return step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):
+    """Workdir of a run through the three stages."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    train(configured(pictures), workdir)
+    return workdir
 
 
 def test_a_run_on_streamed_images_learns_and_reports(streamed):
     records = read_metrics(streamed, "train")
-    assert len(records) == STEPS
+    assert len(records) == 50
     assert np.mean([r["accuracy"] for r in records[-10:]]) > 0.6
     assert all("unreadable_images" not in record for record in records)
     assert "9 images" in (streamed / "report" / "README.md").read_text()
 
 
-def test_the_step_is_compiled_once(pictures, tmp_path, capsys):
-    train(configured(pictures, "order=('weights',)"), tmp_path / "run")
-    assert "warning" not in capsys.readouterr().out
-
-
-def test_two_runs_of_a_seed_are_the_same_and_of_another_are_not(pictures, tmp_path):
-    few = "order=('weights',)"
+def test_two_runs_of_a_seed_are_the_same_and_of_another_are_not(pictures, tmp_path, capsys):
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
-        train(configured(pictures, few, f"seed={seed}"), tmp_path / name)
-    assert values(tmp_path / "one") == values(tmp_path / "two")
-    assert values(tmp_path / "one") != values(tmp_path / "other")
+        train(configured(pictures, f"seed={seed}", variant="float"), tmp_path / name)
+    one, two, other = (newest_values(tmp_path / name) for name in ("one", "two", "other"))
+    assert one == two
+    assert one != other
+    assert "warning" not in capsys.readouterr().out  # as where the step is compiled twice
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 5, 33])
-def test_a_stopped_run_ends_as_the_one_that_never_was(
-    streamed, pictures, tmp_path, monkeypatch, at
-):
-    raised = []
-    feed = loop.make_feed
-
-    def stopping(*given):
-        made = feed(*given)
-        call = type(made).__call__
-
-        class Stopping(type(made)):
-            def __call__(self, step, take):
-                if step == at and not raised:
-                    raised.append(step)
-                    signal.raise_signal(signal.SIGTERM)
-                return call(self, step, take)
-
-        made.__class__ = Stopping
-        return made
-
+def test_a_stopped_run_ends_as_the_one_that_never_was(whole, pictures, tmp_path, monkeypatch, at):
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "make_feed", stopping)
+        terminate_at(patched, at)
         with pytest.raises(Interrupted):
             train(configured(pictures), tmp_path / "run")
-    assert values(tmp_path / "run")[0] == at + 1
+    assert at <= newest_values(tmp_path / "run")[0] <= at + 2
     train(configured(pictures), tmp_path / "run")
-    assert values(tmp_path / "run") == values(streamed)
+    assert_same_end(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
-def test_workers_may_change_when_a_run_goes_on(streamed, pictures, tmp_path):
-    workdir = shutil.copytree(streamed, tmp_path / "run")
+def test_workers_may_change_when_a_run_goes_on(whole, pictures, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
     for folder in (workdir / "checkpoints").iterdir():
         if int(folder.name) > 7:
             shutil.rmtree(folder)
     train(configured(pictures, "workers=2"), workdir)
-    assert values(workdir) == values(streamed)
+    assert_same_end(workdir, whole)
 
 
 def test_settings_that_streams_have_no_use_for_are_refused(pictures, tmp_path):
@@ -133,14 +107,13 @@ def test_unreadable_images_are_counted_or_fatal(pictures, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:100])
     wrong = next((tmp_path / "data").rglob("val/*/*.JPEG"))
     wrong.write_bytes(b"")
-    few = "order=('weights',)"
     with pytest.raises(UserError, match=f"1 of the 8 images of a batch .*{damaged.name}"):
-        train(configured(tmp_path / "data", few), tmp_path / "fatal")
-    skip = configured(tmp_path / "data", few, "stream.skip_unreadable=True")
+        train(configured(tmp_path / "data", variant="float"), tmp_path / "fatal")
+    skip = configured(tmp_path / "data", "stream.skip_unreadable=True", variant="float")
     train_and_report(skip, tmp_path / "run")
     last = read_metrics(tmp_path / "run", "train")[-1]
     assert last["unreadable_images"] == 1
-    found = evaluate_workdir(str(tmp_path / "run"), recalibrate_unvisited=True)
+    found = evaluate_workdir(str(tmp_path / "run"))
     assert found["examples"] == 8
 
 
