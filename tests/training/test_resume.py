@@ -1,5 +1,7 @@
 """A run that was stopped and started again ends bit-identical to the run that never was."""
 
+import contextlib
+import io
 import json
 import shutil
 import signal
@@ -16,6 +18,7 @@ from tests.states import assert_same_end, newest_values, terminate_at
 
 EVERY_STEP = ("checkpoint_seconds=0.0", "log_every=1", "report_random=0")
 END_OF_ACTIVATIONS, END_OF_WEIGHTS, END = 2, 8, 88
+HALF = "60.orbax-checkpoint-tmp-12"
 
 
 def stopped_after(trained, workdir, *steps):
@@ -36,37 +39,45 @@ def reference(trained, tiny, tmp_path_factory):
     return workdir
 
 
-def test_a_run_that_was_told_to_stop_saves_and_ends_the_same(
-    trained, reference, tiny, tmp_path, monkeypatch, capsys
-):
-    workdir = stopped_after(trained, tmp_path / "run", END_OF_WEIGHTS)
-    with monkeypatch.context() as patched:
-        terminate_at(patched, END_OF_WEIGHTS + 20)
-        with pytest.raises(Interrupted) as stopped:
-            train(tiny(), workdir)
-    assert stopped.value.args[0] == signal.SIGTERM
-    step, _ = newest_values(workdir)
-    assert END_OF_WEIGHTS + 20 <= step < END
-    assert f"signal 15: saved at step {step}" in capsys.readouterr().out
-    train(tiny(), workdir)
-    assert f"going on from step {step} of {END}" in capsys.readouterr().out
-    assert newest_values(workdir)[0] == END
-    assert_same_end(workdir, reference)
-
-
-def test_half_written_files_are_passed_over_and_each_step_is_logged_once(
-    trained, reference, tiny, tmp_path
-):
-    workdir = stopped_after(trained, tmp_path / "run", END_OF_WEIGHTS)
-    folder = workdir / "checkpoints"
-    half = folder / "60.orbax-checkpoint-tmp-12"
+@pytest.fixture(scope="module")
+def resumed(trained, tiny, tmp_path_factory):
+    """The same, begun beside a half-written checkpoint and a half-written record, told to stop in
+    the middle and started again; the step where it stopped, and what both runs said."""
+    workdir = stopped_after(trained, tmp_path_factory.mktemp("resumed") / "run", END_OF_WEIGHTS)
+    folder, half = workdir / "checkpoints", workdir / "checkpoints" / HALF
     shutil.copytree(folder / str(END_OF_WEIGHTS), half)
     (half / "state" / "manifest.ocdbt").unlink()
     with (workdir / METRICS_FILE).open("a") as file:
         file.write('{"kind": "train", "step": 9')
-    train(tiny(), workdir)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        with pytest.MonkeyPatch.context() as patched:
+            terminate_at(patched, END_OF_WEIGHTS + 20)
+            with pytest.raises(Interrupted) as stopped:
+                train(tiny(), workdir)
+        assert stopped.value.args[0] == signal.SIGTERM
+        step, _ = newest_values(workdir)
+        train(tiny(), workdir)
+    return workdir, step, said.getvalue()
+
+
+def test_a_run_that_was_told_to_stop_saves_and_ends_the_same(resumed, reference):
+    workdir, step, said = resumed
+    assert END_OF_WEIGHTS + 20 <= step < END
+    assert f"going on from step {END_OF_WEIGHTS} of {END}" in said
+    assert f"signal 15: saved at step {step}" in said
+    assert f"going on from step {step} of {END}" in said
+    assert newest_values(workdir)[0] == END
     assert_same_end(workdir, reference)
-    assert not half.exists()
+
+
+def test_half_written_checkpoints_are_passed_over(resumed):
+    workdir, _, _ = resumed
+    assert not (workdir / "checkpoints" / HALF).exists()
+
+
+def test_each_step_is_logged_once(resumed, trained):
+    workdir, _, _ = resumed
     steps = [record["step"] for record in read_metrics(workdir, "train")]
     assert steps == [record["step"] for record in read_metrics(trained, "train")]
     lines = (workdir / METRICS_FILE).read_text().splitlines()
