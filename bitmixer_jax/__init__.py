@@ -2,72 +2,21 @@
 
     import bitmixer_jax as bm
 
-The names below load on first use, so that a command such as ``bitmixer --help`` answers at once.
+    trained = bm.train(config, "runs/digits")          # or bm.load("runs/digits")
+    bm.evaluate(trained, random=100)                   # test accuracies, by three protocols
+    found = bm.search_policy(trained, "bitops=60%")    # the best policy within a budget
+    bm.export_network(trained, "digits.onnx", format="onnx")
+    runtime = bm.Runtime.load("runs/digits")           # switches widths between calls
+
+The names are listed in ``__init__.pyi``. They load on first use, so that a command such as
+``bitmixer --help`` answers at once.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-from bitmixer_jax.version import __version__
+from bitmixer_jax import deprecated
+from bitmixer_jax.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from bitmixer_jax.bits import (
-        BitSpace,
-        load_policy,
-        sample_average,
-        sample_mixed,
-        sample_random,
-        sample_uniform,
-        save_policy,
-        with_widths,
-    )
-    from bitmixer_jax.controller import Controller
-    from bitmixer_jax.cost import costs
-    from bitmixer_jax.errors import UserError
-    from bitmixer_jax.front import load_front
-    from bitmixer_jax.models import create_model
-    from bitmixer_jax.runtime import Runtime
+deprecated.install()
 
-_HOME = {
-    "BitSpace": "bits",
-    "load_policy": "bits",
-    "sample_average": "bits",
-    "sample_mixed": "bits",
-    "sample_random": "bits",
-    "sample_uniform": "bits",
-    "save_policy": "bits",
-    "with_widths": "bits",
-    "Controller": "controller",
-    "costs": "cost",
-    "UserError": "errors",
-    "load_front": "front",
-    "create_model": "models",
-    "Runtime": "runtime",
-}
-__all__ = [
-    "BitSpace",
-    "Controller",
-    "Runtime",
-    "UserError",
-    "__version__",
-    "costs",
-    "create_model",
-    "load_front",
-    "load_policy",
-    "sample_average",
-    "sample_mixed",
-    "sample_random",
-    "sample_uniform",
-    "save_policy",
-    "with_widths",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

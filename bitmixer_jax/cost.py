@@ -1,9 +1,11 @@
-"""What a policy costs: BitOPs, bytes, average bits, or a latency measured elsewhere.
+"""Costs of policies: average bits, BitOPs, bytes, or latencies from a file.
 
-Every cost but the peak of activation memory is a sum over layers of a number that depends on the
-layer's own width, so a cost is a table ``[L, n]``, and the cost of many policies is one lookup.
-The tables follow from ``model.layers`` alone. Stem and head have no width to choose; budgets and
-searches leave them out, and `Cost.ends` says what they add.
+Each cost is a sum over layers, and what a layer adds depends only on the width of this layer. So a
+cost is a table ``[L, n]``, and the costs of many policies are one lookup. Only the peak of the
+activation memory is not such a sum. All tables except latencies follow from ``model.layers``.
+
+The first and last layers (stem and head) have no width to choose. Costs, budgets and searches leave
+them out; `Cost.first_last_layers` is what they add.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import closest
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.json_files import read_document, shown
+from bitmixer_jax.deprecated import new_keys
+from bitmixer_jax.errors import UserError, shown
+from bitmixer_jax.files import read_document
 from bitmixer_jax.models import Network
+from bitmixer_jax.policy import closest
 
 LATENCY_FORMAT = "bitmixer-latency"
 LATENCY_VERSION = 1
@@ -27,15 +30,28 @@ LATENCY_VERSION = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Cost:
-    """A cost of policies: ``cost(policies)``.
+    """A cost of policies. Calling it returns the costs of one policy or of several.
+
+      cost(policy) = sum over layers l of table[l, index of policy[l]] / divisor
 
     Attributes:
-      name: a key of `costs`.
-      unit: of the values.
-      choices: widths that the columns of the table stand for.
-      table: float64 ``[L, n]``, what a layer costs at each width; a policy costs the sum,
-      divisor: over this (whole numbers in the table keep averages exact).
-      ends: what stem and head add, which the call leaves out.
+      name: a key of `costs`, such as "bitops".
+      unit: of the cost, such as "BitOPs".
+      choices: ``n`` widths in bits, one for each column of the table.
+      table: float64 ``[L, n]``, what each layer adds at each width, times ``divisor``.
+      divisor: the number of layers or of weights for an average, else 1. Sums of whole numbers are
+        exact, so an average of exactly 3 bits is exactly 3.0.
+      first_last_layers: what the first and last layers add. The call leaves it out.
+
+    Examples:
+      >>> average = Cost(
+      ...     name="avg_bits", unit="bits", choices=(2, 3, 4),
+      ...     table=np.asarray([[2, 3, 4], [2, 3, 4]]), divisor=2,
+      ... )
+      >>> average([[2, 3], [4, 4]])
+      array([2.5, 4. ])
+      >>> average.range
+      (2.0, 4.0)
     """
 
     name: str
@@ -43,12 +59,19 @@ class Cost:
     choices: tuple[int, ...]
     table: np.ndarray
     divisor: float = 1.0
-    ends: float = 0.0
+    first_last_layers: float = 0.0
 
     def __call__(self, policies: Any) -> np.ndarray:
-        """Cost of each policy, stem and head left out: float64 ``[M]`` for ``[M, L]`` widths.
+        """Returns the cost of each policy, without the first and last layers.
 
-        One policy ``[L]`` gives a scalar array.
+        Args:
+          policies: ``[M, L]`` widths in bits, or one policy ``[L]``.
+
+        Returns:
+          float64 ``[M]``, or a scalar for one policy.
+
+        Raises:
+          UserError: ``policies`` have another shape, or a width that is not one of the choices.
         """
         widths = np.asarray(policies)
         columns = np.searchsorted(self.choices, widths).clip(max=len(self.choices) - 1)
@@ -57,158 +80,239 @@ class Cost:
             or (np.asarray(self.choices)[columns] != widths).any()
         ):
             raise UserError(
-                f"cost: give {len(self.table)} widths from {self.choices}, got {widths.tolist()}"
+                f"cost: give {len(self.table)} widths from {self.choices}, got {widths.tolist()}",
+                "policy-form",
             )
         return self.table[np.arange(len(self.table)), columns].sum(-1) / self.divisor
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the most that a policy can cost."""
+        """The least and the greatest cost of all policies."""
         low, high = self.table.min(1).sum(), self.table.max(1).sum()
         return float(low / self.divisor), float(high / self.divisor)
 
     @property
     def widest(self) -> float:
-        """What the policy of the widest width everywhere costs: 100% in budgets."""
+        """Cost of the policy with the widest width in all layers; it is 100% in budgets."""
         return float(self.table[:, -1].sum() / self.divisor)
 
 
 def costs(model: Network, latency: str | pathlib.Path | None = None) -> dict[str, Cost]:
-    """The costs of a network's policies by name.
+    """Returns the costs of a network's policies by name.
 
-    ================  =========  ===================================================================
-    avg_bits          bits       mean width of the layers
-    avg_weight_bits   bits       mean width of the weights: layers count by their parameters
-    bitops            BitOPs     sum of MACs x weight bits x activation bits, for one image
-    bytes             bytes      weights packed as bit-planes, each plane of a kernel a whole number
-                                 of bytes (double rounding reads one plane more than its width)
-    activation_bytes  bytes      inputs of all layers, packed at their widths, for one image
-    latency_ms        ms         from a table measured elsewhere
-    ================  =========  ===================================================================
+    With b[l] the width of layer l, and MACs, weights and inputs those of one image:
 
-    Convention: `Cost.table` covers the layers that have a width. `Cost.ends` is what stem and head
-    add: BitOPs at 32 x 32 bits and 4 bytes a weight if they are real-valued, 8 x 8 bits and 1 byte
-    if they are int8 (biases: 4 bytes). Batch-norm tables, step sizes and the additions of residual
-    branches are not counted.
+    ================  ======  ======================================================================
+    avg_bits          bits    sum of b[l] / L
+    avg_weight_bits   bits    sum of weights[l] b[l] / sum of weights[l]
+    bitops            BitOPs  sum of MACs[l] b[l]^2, as weights and activations both have b[l] bits
+    bytes             bytes   weights packed as bit-planes: each plane of a kernel takes a whole
+                              number of bytes (below the widest width, the quantiser "double"
+                              needs one plane more than b[l])
+    activation_bytes  bytes   sum of ceil(inputs[l] b[l] / 8)
+    latency_ms        ms      sum of the times in a latency file
+    ================  ======  ======================================================================
+
+    Conventions of this library: `Cost.table` covers the layers that have a width.
+    `Cost.first_last_layers` counts 32 x 32 BitOPs for each MAC and 4 bytes for each weight of the
+    first and last layers if they are real-valued; if they are int8, 8 x 8 BitOPs and 1 byte.
+    Biases have 4 bytes. Batch norms, step sizes and the additions of residual branches are not
+    counted.
 
     Args:
-      model: a switchable network.
-      latency: a latency file (`load_latency`).
+      model: a network whose layers have widths.
+      latency: a latency file (see `load_latency`); None leaves out "latency_ms".
+
+    Returns:
+      a `Cost` for each name in the table.
 
     Raises:
-      UserError: a float twin, or a latency file that does not fit.
+      UserError: the network is a full-precision baseline, or the latency file does not fit it.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet8", num_classes=10, width=3, image_shape=(8, 8, 1))
+      >>> bitops = costs(model)["bitops"]
+      >>> bitops([[4, 4, 4, 4, 4, 4], [2, 2, 2, 2, 2, 2]])
+      array([414720., 103680.])
     """
     bits = np.asarray(model.space.choices, np.float64)
     layers = model.layers
-    one = np.ones((len(layers), 1))
     macs = np.asarray([layer.macs for layer in layers], np.float64)[:, None]
-    params = np.asarray([layer.params for layer in layers], np.float64)[:, None]
-    planes = np.asarray(
-        [sum(math.ceil(kernel.params / 8) for kernel in layer.kernels) for layer in layers]
+    weights = np.asarray([layer.params for layer in layers], np.float64)[:, None]
+    plane_bytes = np.asarray(
+        [sum(math.ceil(kernel.params / 8) for kernel in layer.kernels) for layer in layers],
+        np.float64,
     )[:, None]
-    read = np.minimum(bits + (model.quant.weight_kind == "double"), model.space.widest)
+    planes = np.asarray([model.quant.quantizer.planes(b, model.space) for b in model.space.choices])
     inputs = np.asarray([math.prod(layer.input) for layer in layers], np.float64)[:, None]
-    end_bits = 8 if model.ends == "int8" else 32
-    end_weights = model.stem_conv.params + model.features * model.num_classes
-    end_macs = model.stem_conv.macs + model.features * model.num_classes
-    end_inputs = math.prod(model.image_shape) + model.features
-    end_bytes = end_weights * end_bits / 8 + 4 * model.num_classes
-    end_codes = math.ceil(end_inputs * end_bits / 8)
-    rows = {
-        "avg_bits": ("bits", one * bits, len(layers), 0.0),
-        "avg_weight_bits": ("bits", params * bits, params.sum(), 0.0),
-        "bitops": ("BitOPs", macs * bits**2, 1.0, end_macs * end_bits**2),
-        "bytes": ("bytes", planes * read, 1.0, end_bytes),
-        "activation_bytes": ("bytes", np.ceil(inputs * bits / 8), 1.0, end_codes),
+    first_last_bits = 8 if model.first_last_layers == "int8" else 32
+    first_last_weights = model.stem_conv.params + model.features * model.num_classes
+    first_last_macs = model.stem_conv.macs + model.features * model.num_classes
+    first_last_inputs = math.prod(model.image_shape) + model.features
+    first_last_bytes = first_last_weights * first_last_bits / 8 + 4 * model.num_classes
+    first_last_input_bytes = math.ceil(first_last_inputs * first_last_bits / 8)
+    # name: unit, table, divisor, what the first and last layers add
+    tables = {
+        "avg_bits": ("bits", np.tile(bits, (len(layers), 1)), len(layers), 0.0),
+        "avg_weight_bits": ("bits", weights * bits, weights.sum(), 0.0),
+        "bitops": ("BitOPs", macs * bits**2, 1.0, first_last_macs * first_last_bits**2),
+        "bytes": ("bytes", plane_bytes * planes, 1.0, first_last_bytes),
+        "activation_bytes": ("bytes", np.ceil(inputs * bits / 8), 1.0, first_last_input_bytes),
     }
-    found = {
+    by_name = {
         name: Cost(
             name=name,
             unit=unit,
             choices=model.space.choices,
             table=table,
             divisor=float(divisor),
-            ends=float(ends),
+            first_last_layers=float(first_last_layers),
         )
-        for name, (unit, table, divisor, ends) in rows.items()
+        for name, (unit, table, divisor, first_last_layers) in tables.items()
     }
     if latency is not None:
-        found["latency_ms"] = load_latency(latency, model)
-    return found
+        by_name["latency_ms"] = load_latency(latency, model)
+    return by_name
 
 
 def activation_peak(model: Network, policies: Any) -> np.ndarray:
-    """Most bytes of activations held at once while one image runs: float64 ``[M]``.
+    """Returns the most bytes of activations that are held at once while one image runs.
 
-    Convention: while a layer runs there are its input, packed at its own width, and its output,
-    packed at the width of the layer that reads it (the head: 32 bits, or 8 if int8). Accumulators
-    and the real-valued tensor that a residual branch carries past its block are not counted.
+      max over layers l of  ceil(inputs[l] b[l] / 8) + ceil(outputs[l] b[l + 1] / 8)
+
+    where b[l] is the width of layer l. After the last layer, b[l + 1] is the width of the head: 32
+    bits, or 8 if it is int8.
+
+    Convention of this library: accumulators are not counted, nor is the real-valued tensor of a
+    residual branch.
 
     Args:
-      policies: ``[M, L]`` widths, or one policy ``[L]``.
+      model: a network whose layers have widths.
+      policies: ``[M, L]`` widths in bits, or one policy ``[L]``.
+
+    Returns:
+      float64 ``[M]``, or a scalar for one policy; in bytes.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet8", num_classes=10, width=3, image_shape=(8, 8, 1))
+      >>> activation_peak(model, [[4, 4, 4, 4, 4, 4], [2, 2, 2, 2, 2, 2]])
+      array([216., 204.])
     """
     bits = np.asarray(policies, np.float64)
-    end = np.full((*bits.shape[:-1], 1), 8.0 if model.ends == "int8" else 32.0)
-    after = np.concatenate([bits[..., 1:], end], axis=-1)
+    head_bits = 8.0 if model.first_last_layers == "int8" else 32.0
+    head = np.full((*bits.shape[:-1], 1), head_bits)
+    next_bits = np.concatenate([bits[..., 1:], head], axis=-1)
     inputs = np.asarray([math.prod(layer.input) for layer in model.layers])
     outputs = np.asarray([math.prod(layer.kernels[0].output) for layer in model.layers])
-    return np.max(np.ceil(inputs * bits / 8) + np.ceil(outputs * after / 8), axis=-1)
+    return np.max(np.ceil(inputs * bits / 8) + np.ceil(outputs * next_bits / 8), axis=-1)
 
 
 def load_latency(path: str | pathlib.Path, model: Network) -> Cost:
-    """Reads a latency file: the cost "latency_ms".
+    """Reads a latency file: the time that each layer takes at each width.
 
-    The file is ``{"format": "bitmixer-latency", "version": 1, "layers": {NAME: {"2": SECONDS,
-    "3": ..., ...}, ...}, "ends": SECONDS}``: seconds that a layer takes at each width, and what
-    stem and head take (optional). Further keys (device, threads, date) are yours.
+    The file is JSON. Times are in seconds; those of the first and last layers are optional:
+
+        {"format": "bitmixer-latency", "version": 1,
+         "layers": {NAME: {"2": SECONDS, "3": SECONDS, ...}, ...},
+         "first_last_layers": SECONDS}
+
+    Other keys, such as the device and the date, are not read.
+
+    Args:
+      path: the file.
+      model: the network whose layers the file names.
+
+    Returns:
+      the cost "latency_ms", in ms.
 
     Raises:
-      UserError: no such file, not a latency file, or layers, widths or numbers that do not fit.
+      UserError: the file is missing or not a latency file, or its layers, widths or times do not
+        fit the network.
+
+    Examples:
+      >>> import json, tempfile
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet8", num_classes=10, width=3, image_shape=(8, 8, 1))
+      >>> times = {name: {"2": 0.001, "3": 0.0015, "4": 0.002} for name in model.names}
+      >>> content = {"format": "bitmixer-latency", "version": 1, "layers": times}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "latency.json"
+      ...     _ = path.write_text(json.dumps(content))
+      ...     latency = load_latency(path, model)
+      >>> float(latency([2, 2, 2, 4, 4, 4]))
+      9.0
     """
     path, content = read_document(path, "latency", LATENCY_FORMAT, LATENCY_VERSION)
     layers = content.get("layers")
     if not isinstance(layers, Mapping):
-        raise UserError(f'{path}: "layers" must map each layer name to its seconds by width')
+        raise UserError(
+            f'{path}: "layers" must map each layer name to its seconds by width', "damaged"
+        )
     for name in layers:
         if name not in model.names:
-            raise UserError(f"{path}: unknown layer {shown(name)}{closest(name, model.names)}")
+            raise UserError(
+                f"{path}: unknown layer {shown(name)}{closest(name, model.names)}", "unknown-name"
+            )
     rows = []
     for name in model.names:
         times = layers.get(name)
         if not isinstance(times, Mapping):
-            raise UserError(f"{path}: no seconds for layer {name!r}")
+            raise UserError(f"{path}: no seconds for layer {name!r}", "other-network")
         missing = [b for b in model.space.choices if str(b) not in times]
         if missing:
-            raise UserError(f"{path}: layer {name!r} has no seconds at {missing[0]} bits")
+            raise UserError(
+                f"{path}: layer {name!r} has no seconds at {missing[0]} bits", "other-network"
+            )
         rows.append([_seconds(path, name, times[str(b)]) for b in model.space.choices])
-    ends = _seconds(path, "ends", content.get("ends", 0.0))
+    content = new_keys(content, {"ends": "first_last_layers"})
+    seconds = content.get("first_last_layers", 0.0)
     return Cost(
         name="latency_ms",
         unit="ms",
         choices=model.space.choices,
         table=1e3 * np.asarray(rows, np.float64),
-        ends=1e3 * ends,
+        first_last_layers=1e3 * _seconds(path, "first_last_layers", seconds),
     )
 
 
 def _seconds(path: pathlib.Path, name: str, value: Any) -> float:
+    """Checks that a value in a latency file is a time."""
     if type(value) not in (int, float) or not 0 <= value < 1e9:
-        raise UserError(f"{path}: {name}: {shown(value)} is not a number of seconds")
+        raise UserError(f"{path}: {name}: {shown(value)} is not a number of seconds", "damaged")
     return float(value)
 
 
 def describe(model: Network, policy: Any, of: Mapping[str, Cost]) -> list[str]:
-    """A Markdown table of what one policy ``[L]`` costs, beside the widest."""
+    """Returns a Markdown table of the costs of one policy, beside those of the widest policy.
+
+    Args:
+      model: a network whose layers have widths.
+      policy: ``[L]`` widths in bits.
+      of: the costs to show, from `costs`.
+
+    Returns:
+      the lines of the table.
+
+    Raises:
+      UserError: the policy does not fit the network.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet8", num_classes=10, width=3, image_shape=(8, 8, 1))
+      >>> print(describe(model, [2, 2, 2, 4, 4, 4], costs(model))[2])
+      | avg_bits | 3 bits | 75.0% |  |
+    """
     widths = model.space.check(policy, model.num_layers)
+    widest = model.space.uniform(model.space.widest, model.num_layers)
     rows = ["| cost | this policy | of the widest | with stem and head |", "|---|---|---|---|"]
     for cost in of.values():
         value = float(cost(widths))
-        both = f"{value + cost.ends:,.6g} {cost.unit}" if cost.ends else ""
+        both = value + cost.first_last_layers
+        total = f"{both:,.6g} {cost.unit}" if cost.first_last_layers else ""
         share = f"{100 * value / cost.widest:.1f}%" if cost.widest else ""
-        rows.append(f"| {cost.name} | {value:,.6g} {cost.unit} | {share} | {both} |")
-    peak, most = (
-        float(activation_peak(model, p))
-        for p in (widths, model.space.uniform(model.space.widest, model.num_layers))
-    )
+        rows.append(f"| {cost.name} | {value:,.6g} {cost.unit} | {share} | {total} |")
+    peak, most = (float(activation_peak(model, p)) for p in (widths, widest))
     rows.append(f"| activation peak | {peak:,.6g} bytes | {100 * peak / most:.1f}% | |")
     return rows

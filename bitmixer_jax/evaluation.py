@@ -1,242 +1,181 @@
-"""Evaluation: accuracy of many policies with one compilation, three protocols."""
+"""Measures the accuracy of a trained network by three protocols.
+
+They are uniform widths, random policies, and one policy that the caller gives. `Evaluator` scores
+any network, data set and policies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from bitmixer_jax.bits import sample_random
-from bitmixer_jax.data import Dataset, Streamed, normalize
-from bitmixer_jax.devices import mine, places, shard
+from bitmixer_jax import deprecated
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.evaluator import Evaluator as Evaluator
+from bitmixer_jax.evaluator import Progress as Progress
+from bitmixer_jax.evaluator import Scores as Scores
+from bitmixer_jax.evaluator import UncalibratedPairs as UncalibratedPairs
 from bitmixer_jax.models import Network
-from bitmixer_jax.pairs import never_visited
+from bitmixer_jax.pairs import covering_policies, recalibrate, uncalibrated_pairs
+from bitmixer_jax.policy import as_policy, sample_random
+from bitmixer_jax.trained import Trained, load
 
-
-class NeverVisited(UserError):
-    """Policies need batch norm statistics of pairs that no training step visited."""
-
-
-class Scores(NamedTuple):
-    """How well policies do: float64 ``[M]`` each.
-
-    Attributes:
-      top1: accuracy, 0..1.
-      loss: mean cross-entropy, nats.
-    """
-
-    top1: np.ndarray
-    loss: np.ndarray
-
-
-class Evaluator:
-    """Scores a network on a data set under any policies, with one compilation.
-
-    The images stay on the devices, an equal part on each; streamed ones are decoded once for all
-    policies of a call of `scores`. One call of the compiled programme runs up to ``policies`` of
-    them over one batch: how many is data, as they are. ``traces`` counts compilations. If the
-    devices belong to several processes, all of them call `scores`; each computes the part of its
-    own devices, and the sums go to all.
-
-    Attributes:
-      examples: number of images; of streamed ones, those that could be read in the last `scores`.
-    """
-
-    def __init__(
-        self,
-        model: Network,
-        data: Dataset | Streamed,
-        mean: Any,
-        std: Any,
-        devices: Sequence[jax.Device] | None = None,
-        batch_size: int = 500,
-        policies: int = 16,
-    ):
-        """Places the images.
-
-        Args:
-          mean, std: ``[C]`` of the training data, in units of 0..255.
-          devices: to compute on; None takes those of this process.
-          batch_size: images per device and call; the last batch is padded.
-          policies: most that one call runs.
-        """
-        self.model = model
-        self.examples = len(data)
-        self.traces = 0
-        self._policies = policies
-        devices = list(devices or jax.local_devices())
-        size = min(batch_size, -(-len(data) // len(devices)))
-        whole = size * len(devices)
-        self._number = -(-len(data) // whole)
-        own, here = places(devices, whole), mine(devices)
-        self._shared = len(here) < len(devices)
-        self._feed: Callable[[], Iterable[Any]]
-        if isinstance(data, Streamed):
-            self._feed = lambda: _stream(data, here, whole, own)
-        else:
-            resident = _place(data, here, whole, own)
-            self._feed = lambda: resident
-
-        def score(
-            variables: Any, images: jax.Array, labels: jax.Array, policies: Any, number: Any
-        ) -> tuple[jax.Array, jax.Array]:
-            """Right answers int32 and summed losses float32, ``[K]`` each, of the first ``number``.
-
-            A loop, not vmap: with kernels that differ, XLA makes vmap a grouped convolution, which
-            took 7 to 12 times as long on CPU.
-            """
-            self.traces += 1
-            x = normalize(images, mean, std)
-
-            def body(i: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                with jax.default_matmul_precision("highest"):  # of real values, on accelerators
-                    logits: Any = model.apply(variables, x, bits=policies[i], train=False)
-                right = jnp.sum(jnp.argmax(logits, -1) == labels)
-                # argmax of NaN is a class, too: a broken network must not score by chance.
-                right = jnp.where(jnp.isfinite(logits).all(), right, -1)
-                loss = optax.softmax_cross_entropy_with_integer_labels(
-                    logits, jnp.maximum(labels, 0), where=labels >= 0
-                )
-                return sums[0].at[i].set(right), sums[1].at[i].set(loss.sum())
-
-            size = policies.shape[0]
-            nothing = (jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.float32))
-            return jax.lax.fori_loop(0, number, body, nothing)
-
-        self._score: Callable[..., tuple[jax.Array, jax.Array]] = jax.pmap(
-            score, in_axes=(None, 0, 0, None, None), devices=here
-        )
-
-    def top1(
-        self, variables: Any, policies: Any, progress: Callable[..., Any] = iter
-    ) -> np.ndarray:
-        """Accuracy of each policy: float64 ``[M]`` in 0..1. Arguments and errors as `scores`."""
-        return self.scores(variables, policies, progress).top1
-
-    def scores(self, variables: Any, policies: Any, progress: Callable[..., Any] = iter) -> Scores:
-        """Accuracy and loss of each policy.
-
-        Args:
-          variables: of the network.
-          policies: int32 ``[M, L]``.
-          progress: wraps the list of calls to make, to show how far it is.
-
-        Raises:
-          UserError: a policy does not fit, needs BN statistics that no step has seen
-            (`pairs.recalibrate`), or gives logits that are not finite.
-        """
-        if self.model.quant.space is None:
-            policies = np.zeros((len(policies), self.model.num_layers), np.int32)
-        else:
-            policies = self.model.space.check(policies, self.model.num_layers)
-        missing = never_visited(self.model, variables["batch_stats"], policies)
-        if missing:
-            layer, before, own = missing[0]
-            raise NeverVisited(
-                f"{len(missing)} pairs of widths were never visited in training, such as "
-                f"{before or 'any'}->{own} bits at {layer}: their BN statistics are unknown; train "
-                "for longer, or recalibrate them (evaluate --recalibrate)"
-            )
-        right = np.zeros(len(policies), np.int64)
-        loss = np.zeros(len(policies), np.float64)
-        most = self._policies
-        starts = range(0, len(policies), most)
-        # Batches outermost: each is streamed once, whatever the number of policies.
-        calls = [(batch, start) for batch in range(self._number) for start in starts]
-        feed = iter(self._feed()) if calls else iter(())
-        examples = 0
-        for _, start in progress(calls):
-            if not start:
-                images, labels, there = next(feed)
-                examples += there
-            rows = policies[start : start + most]
-            padded = np.concatenate([rows, np.repeat(rows[:1], most - len(rows), axis=0)])
-            counts, losses = self._score(variables, images, labels, padded, np.int32(len(rows)))
-            # Gathered over devices: [D, K].
-            found = np.asarray(counts)[:, : len(rows)]
-            broken = np.flatnonzero((found < 0).any(0))
-            if len(broken):
-                raise UserError(
-                    f"policy {rows[broken[0]].tolist()}: the logits are not finite; "
-                    "this network is broken"
-                )
-            right[start : start + most] += found.sum(0)
-            loss[start : start + most] += np.asarray(losses, np.float64)[:, : len(rows)].sum(0)
-        if calls:
-            if self._shared:
-                right, loss, examples = _sum_over_processes(right, loss, examples)
-            self.examples = examples
-            if not examples:
-                raise UserError("evaluation: none of the images can be read")
-        return Scores(right / self.examples, loss / self.examples)
-
-
-def _place(data: Dataset, devices: Sequence[jax.Device], whole: int, own: np.ndarray) -> list[Any]:
-    """Batches of (images, labels, how many there are), on the devices; the last one is padded.
-
-    Args:
-      whole: images in a batch, of all processes.
-      own: int ``[b]`` places in it that ``devices`` take.
-    """
-    total = -(-len(data) // whole) * whole
-    labels = np.full(total, -1, np.int32)  # -1: padding, never right
-    labels[: len(data)] = data.labels
-    images = np.zeros((total, *data.image_shape), np.uint8)
-    images[: len(data)] = data.images
-    return [
-        _batch(i[own], y[own], devices)
-        for i, y in zip(
-            images.reshape(-1, whole, *data.image_shape), labels.reshape(-1, whole), strict=True
-        )
-    ]
-
-
-def _stream(
-    data: Streamed, devices: Sequence[jax.Device], whole: int, own: np.ndarray
-) -> Iterator[Any]:
-    """The same, decoded on the way."""
-    loader = data.evaluation(whole, own)
-    try:
-        for images, labels in loader:
-            yield _batch(images, labels, devices)
-    finally:
-        loader.close()
-
-
-def _batch(
-    images: np.ndarray, labels: np.ndarray, devices: Sequence[jax.Device]
-) -> tuple[jax.Array, jax.Array, int]:
-    return *shard((images, labels), devices), int((labels >= 0).sum())
-
-
-def _sum_over_processes(
-    right: np.ndarray, loss: np.ndarray, examples: int
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Sums of what each process found; float64 travels as bytes, as JAX would round it."""
-    from jax.experimental import multihost_utils
-
-    mine = np.concatenate([right, loss, [examples]])  # counts are exact in float64
-    heard = multihost_utils.process_allgather(np.frombuffer(mine.tobytes(), np.uint8))
-    found = np.frombuffer(np.asarray(heard).tobytes(), np.float64).reshape(-1, len(mine)).sum(0)
-    policies = len(right)
-    return found[:policies].astype(np.int64), found[policies:-1], int(found[-1])
+_RECALIBRATION_BATCHES = 8
+_RECALIBRATION_BATCH = 128  # images
 
 
 def random_policies(
     model: Network, number: int, seed: int, groups: Sequence[int] | None = None
 ) -> np.ndarray:
-    """``number`` policies with each layer's width drawn evenly: int32 ``[number, L]``."""
+    """Draws random policies: the width of each layer is drawn with equal probabilities.
+
+    Args:
+      model: a switchable network with L layers.
+      number: M, how many policies to draw.
+      seed: of the draws.
+      groups: ``[L]`` group of each layer, if the layers of a group share one width.
+
+    Returns:
+      int32 ``[M, L]`` widths.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet8", num_classes=10)
+      >>> policies = random_policies(model, 100, seed=0)
+      >>> policies.shape, sorted(set(policies.ravel().tolist()))
+      ((100, 6), [2, 3, 4])
+    """
     keys = jax.random.split(jax.random.key(seed), number)
     draw = jax.vmap(lambda key: sample_random(key, model.space, model.num_layers, groups))
     return np.asarray(draw(keys))
 
 
 def evaluate(
+    source: Trained | str | pathlib.Path,
+    *,
+    policy: Any = None,
+    changes: Mapping[str, int] | None = None,
+    random: int = 0,
+    seed: int = 0,
+    uniform: bool = True,
+    data_dir: str | None = None,
+    progress: Progress = iter,
+    **others: Any,
+) -> dict[str, Any]:
+    """Measures the test accuracy of a trained network by three protocols.
+
+    The protocols are each uniform width, random policies, and one policy that the caller gives.
+    Each has its own entry in the result. An accuracy is a share of right answers, 0..1.
+
+    Args:
+      source: WORKDIR, WORKDIR@STAGE, or what `trained.load` returned.
+      policy: a policy to evaluate: ``[L]`` widths, one width for all layers, text such as
+        "4,3,2,2,3,4", or a policy file. See `policy.as_policy`.
+      changes: widths of some layers of that policy, by layer name. See `policy.with_widths`.
+      random: number of random policies.
+      seed: of the random policies.
+      uniform: evaluate each width in all layers.
+      data_dir: folder of the data, if they are no longer where training found them.
+      progress: wraps the list of calls to make, for example with a progress bar.
+
+    Returns:
+      the result of `evaluate_protocols`.
+
+    Raises:
+      UserError: as `trained.load`, `Trained.load_split` and `Evaluator.scores`; or the policy does
+        not fit the network.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> result = bm.evaluate("runs/digits", random=100, policy=3)  # doctest: +SKIP
+      >>> result["uniform"]["4"], result["policy"]["top1"]  # doctest: +SKIP
+      (0.98, 0.97)
+      >>> result["random"]["mean"], result["random"]["worst"]  # doctest: +SKIP
+      (0.972, 0.96)
+    """
+    if isinstance(source, Evaluator):  # up to version 0.1: evaluate(evaluator, variables, ...)
+        deprecated.warn("evaluation.evaluate(evaluator, ...)", "evaluate_protocols")
+        return evaluate_protocols(
+            source, policy, uniform=uniform, random=random, seed=seed, progress=progress, **others
+        )
+    assert not others
+    trained = load(source)
+    if policy is not None:
+        policy = as_policy(policy, trained.model.names, trained.model.space, changes)
+    elif changes:
+        raise UserError("changes of widths need a policy; give one, such as 4", "missing-value")
+    if random:
+        trained.require_widths("draw")
+    return evaluate_protocols(
+        make_evaluator(trained, data_dir),
+        trained.variables,
+        uniform=uniform,
+        random=random,
+        seed=seed,
+        policy=policy,
+        groups=trained.groups,
+        progress=progress,
+    )
+
+
+def make_evaluator(trained: Trained, data_dir: str | None = None) -> Evaluator:
+    """Returns an Evaluator of a trained network on its test split.
+
+    Args:
+      trained: the network.
+      data_dir: folder of the data, if they are no longer where training found them.
+
+    Raises:
+      UserError: as `Trained.load_split`.
+    """
+    data = trained.load_split(trained.run.test_split, data_dir)
+    size = trained.run.evaluate_batch
+    return Evaluator(trained.model, data, data.mean, data.std, batch_size=size)
+
+
+def recalibrate_missing(
+    trained: Trained, data_dir: str | None = None
+) -> tuple[Trained, list[tuple[str, int, int]]]:
+    """Estimates the BN statistics of the pairs of widths that training never visited.
+
+    It uses 1,024 images of the training split. See `pairs.recalibrate`.
+
+    Args:
+      trained: the network.
+      data_dir: folder of the data, if they are no longer where training found them.
+
+    Returns:
+      a network in which all pairs are calibrated; and the pairs that were not, as (layer name,
+      width of the predecessor, own width). If there are none, the network is ``trained`` itself.
+
+    Raises:
+      UserError: the network is a full-precision baseline, or as `Trained.load_split`.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> trained = bm.load("runs/digits@weights")  # doctest: +SKIP
+      >>> calibrated, pairs = recalibrate_missing(trained)  # doctest: +SKIP
+      >>> result = bm.evaluate(calibrated, random=100)  # doctest: +SKIP
+    """
+    trained.require_widths("recalibrate")
+    model, run = trained.model, trained.run
+    missing = uncalibrated_pairs(model, trained.variables["batch_stats"], covering_policies(model))
+    if not missing:
+        return trained, []
+    data = trained.load_split(run.train_split, data_dir)
+    order = np.random.default_rng(run.seed).permutation(len(data))
+    images = data.subset(order[: _RECALIBRATION_BATCHES * _RECALIBRATION_BATCH]).images
+    size = min(_RECALIBRATION_BATCH, len(images))
+    variables = recalibrate(model, trained.variables, images, data.mean, data.std, size)
+    return dataclasses.replace(trained, variables=variables), missing
+
+
+def evaluate_protocols(
     evaluator: Evaluator,
     variables: Any,
     *,
@@ -245,54 +184,74 @@ def evaluate(
     seed: int = 0,
     policy: Any = None,
     groups: Sequence[int] | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Evaluates by the three protocols, which are never mixed.
+    """Evaluates variables by the three protocols, with the Evaluator of a network.
 
     Args:
-      uniform: each width in all layers.
+      evaluator: of the network and the data set.
+      variables: of the network: "params" and "batch_stats".
+      uniform: evaluate each width in all layers.
       random: number of random policies.
       seed: of the random policies.
-      policy: ``[L]`` a policy of one's own.
-      groups: layers that share a width in random policies.
-      progress: see `Evaluator.top1`.
+      policy: ``[L]`` widths, one more policy to evaluate.
+      groups: ``[L]`` group of each layer, if layers of a group share a width in random policies.
+      progress: wraps the list of calls to make, for example with a progress bar.
 
     Returns:
-      ``{"examples": int, "uniform": {width: top1}, "random": {"policies", "mean", "std", "worst",
-      "average_bits", "scores"}, "policy": {"widths", "top1"}}``, without what was not asked for;
-      top1 in 0..1, "scores" those of each random policy.
-      A float twin has the key "float" alone.
+      a JSON tree. An entry that was not asked for is absent. Accuracies are in 0..1.
+
+      - "examples": number of images.
+      - "uniform": accuracy by width, such as ``{"2": 0.93, "3": 0.97, "4": 0.98}``.
+      - "random": "policies" (how many), "mean", "std", "worst", "average_bits" (mean width over all
+        layers and policies), "scores" (accuracy of each policy).
+      - "policy": "widths" and "top1".
+      - "float": accuracy of a full-precision baseline, which has this and "examples" alone.
+
+    Raises:
+      UserError: as `Evaluator.scores`.
+
+    Examples:
+      >>> evaluator = make_evaluator(trained)  # doctest: +SKIP
+      >>> evaluate_protocols(evaluator, trained.variables, random=100)  # doctest: +SKIP
+      {'examples': 360, 'uniform': {'2': 0.93, ...}, 'random': {'policies': 100, ...}}
     """
     model = evaluator.model
     result: dict[str, Any] = {"examples": evaluator.examples}
     if model.quant.space is None:
-        top1 = float(evaluator.top1(variables, [None], progress)[0])
-        return {"examples": evaluator.examples, "float": top1}
-    space, layers = model.space, model.num_layers
-    blocks = []
-    if uniform:
-        blocks.append(np.stack([space.uniform(width, layers) for width in space.choices]))
-    if random:
-        blocks.append(random_policies(model, random, seed, groups))
-    if policy is not None:
-        blocks.append(space.check(policy, layers)[None])
-    if not blocks:
+        result["float"] = float(evaluator.top1(variables, [None], progress)[0])
         return result
-    scores = evaluator.top1(variables, np.concatenate(blocks), progress)
-    result["examples"] = evaluator.examples  # of streamed ones, some may be unreadable
+    space, layers = model.space, model.num_layers
+    by_protocol: dict[str, np.ndarray] = {}
     if uniform:
-        result["uniform"] = {str(w): float(s) for w, s in zip(space.choices, scores, strict=False)}
-        scores = scores[space.n :]
+        by_protocol["uniform"] = np.stack([space.uniform(w, layers) for w in space.choices])
     if random:
-        mine, drawn = scores[:random], blocks[1 if uniform else 0]
+        by_protocol["random"] = random_policies(model, random, seed, groups)
+    if policy is not None:
+        by_protocol["policy"] = space.check(policy, layers)[None]
+    if not by_protocol:
+        return result
+    # One call for all protocols, so that streamed images are decoded once.
+    top1 = evaluator.top1(variables, np.concatenate(list(by_protocol.values())), progress)
+    ends = np.cumsum([len(policies) for policies in by_protocol.values()])
+    scores = dict(zip(by_protocol, np.split(top1, ends[:-1]), strict=True))
+    result["examples"] = evaluator.examples  # some streamed images may be unreadable
+    if uniform:
+        pairs = zip(space.choices, scores["uniform"].tolist(), strict=True)
+        result["uniform"] = {str(width): accuracy for width, accuracy in pairs}
+    if random:
         result["random"] = {
             "policies": random,
-            "mean": float(mine.mean()),
-            "std": float(mine.std()),
-            "worst": float(mine.min()),
-            "average_bits": float(drawn.mean()),
-            "scores": [float(s) for s in mine],
+            "mean": float(scores["random"].mean()),
+            "std": float(scores["random"].std()),
+            "worst": float(scores["random"].min()),
+            "average_bits": float(by_protocol["random"].mean()),
+            "scores": scores["random"].tolist(),
         }
     if policy is not None:
-        result["policy"] = {"widths": blocks[-1][0].tolist(), "top1": float(scores[-1])}
+        widths = by_protocol["policy"][0].tolist()
+        result["policy"] = {"widths": widths, "top1": float(scores["policy"][0])}
     return result
+
+
+__getattr__ = deprecated.module_getattr(__name__)

@@ -1,4 +1,8 @@
-"""Pareto fronts: the policies that no other beats in both accuracy and cost, and their files."""
+"""Pareto fronts: the policies that no other policy beats in both cost and loss; and their files.
+
+Policies are ranked by loss, because on a few thousand images many of them have the same accuracy.
+Their mean losses still differ.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.files import write_new
-from bitmixer_jax.json_files import read_document, shown
+from bitmixer_jax import deprecated
+from bitmixer_jax.errors import UserError, shown
+from bitmixer_jax.files import read_document, write_new
+from bitmixer_jax.policy import BitSpace
 
 FRONT_FORMAT = "bitmixer-front"
 FRONT_VERSION = 1
-_MOST = 1e300  # of a number in a file: whole numbers can be too large for float
+_LIMIT = 1e300  # of numbers in a file: JSON allows whole numbers that no float can hold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """One policy of a front.
+    """One policy of a front, with its cost and its scores.
 
     Attributes:
-      widths: ``[L]`` bits.
+      widths: ``[L]`` widths in bits.
       cost: in the unit of the front.
-      loss: mean cross-entropy (nats) on the images of the search.
-      top1: accuracy on them, 0..1.
-      test_top1: accuracy on test data, 0..1, where it was measured.
+      loss: mean cross-entropy on the images of the search, in nats.
+      top1: accuracy on the images of the search, from 0 to 1.
+      test_top1: accuracy on the test data, from 0 to 1; None if it was not measured.
     """
 
     widths: tuple[int, ...]
@@ -41,16 +45,33 @@ class Point:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Front:
-    """Policies of a network by ascending cost and descending loss, none beaten in both.
+    """Policies of a network in ascending order of cost and strictly descending order of loss.
 
     Attributes:
-      points: at least one.
-      names: ``[L]`` layer names.
-      choices: widths of the network.
-      cost: what is meant by cost, such as "bitops" (a key of `cost.costs`).
-      unit: of the cost.
-      network: digest of the weights that were evaluated (`checkpoints.digest`).
-      notes: further JSON values kept in the file: method, seed, images, ...
+      points: the policies, at least one.
+      names: ``[L]`` layer names of the network.
+      choices: widths of the network, in bits.
+      cost: name of the cost, such as "bitops" (a key of `cost.costs`).
+      unit: of the cost, such as "BitOPs".
+      weights_digest: SHA-256 of the weights that were evaluated (`Trained.weights_digest`).
+      notes: more JSON values to store in the file, such as the method, the seed and the images.
+
+    Examples:
+      >>> import tempfile
+      >>> front = Front(
+      ...     points=(
+      ...         Point(widths=(2, 3), cost=2.5, loss=0.6, top1=0.8),
+      ...         Point(widths=(4, 4), cost=4.0, loss=0.2, top1=0.9),
+      ...     ),
+      ...     names=("conv1", "conv2"), choices=(2, 3, 4), cost="avg_bits", unit="bits",
+      ...     weights_digest="",
+      ... )
+      >>> front.best(3.0).widths
+      (2, 3)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     front.save(f"{folder}/front.json")
+      ...     load_front(f"{folder}/front.json", front.names, BitSpace((2, 3, 4))) == front
+      True
     """
 
     points: tuple[Point, ...]
@@ -58,26 +79,40 @@ class Front:
     choices: tuple[int, ...]
     cost: str
     unit: str
-    network: str
+    weights_digest: str
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def network(self) -> str:
+        """The old name of `weights_digest`; deprecated."""
+        deprecated.warn("Front.network", "Front.weights_digest")
+        return self.weights_digest
+
     def best(self, budget: float) -> Point | None:
-        """The best point that costs at most ``budget``; None if all cost more."""
-        fitting = [point for point in self.points if point.cost <= budget]
-        return fitting[-1] if fitting else None
+        """Returns the point of least loss that costs at most ``budget``; None if all cost more.
+
+        Args:
+          budget: in the unit of the cost.
+        """
+        affordable = [point for point in self.points if point.cost <= budget]
+        return affordable[-1] if affordable else None
 
     def save(self, path: str | pathlib.Path, *, overwrite: bool = False) -> None:
         """Writes a front file (JSON).
 
+        Args:
+          path: the file.
+          overwrite: whether to replace a file that has other content.
+
         Raises:
-          UserError: the file is there with other content and ``overwrite`` is false, or it cannot
-            be written.
+          UserError: the file exists with other content and ``overwrite`` is false, or it cannot be
+            written.
         """
         content = {
             **self.notes,
             "format": FRONT_FORMAT,
             "version": FRONT_VERSION,
-            "network": self.network,
+            "weights_digest": self.weights_digest,
             "cost": self.cost,
             "unit": self.unit,
             "choices": list(self.choices),
@@ -88,65 +123,95 @@ class Front:
 
 
 def pareto(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Which points no other beats: indices by ascending cost, of strictly descending loss.
+    """Returns the Pareto front of two objectives that are both minimised.
+
+    Point i is on the front if no point j has
+
+      costs[j] <= costs[i]  and  losses[j] <= losses[i],  with one of the two strictly less.
+
+    Of points that are equal in both, only the first is kept.
 
     Args:
-      costs, losses: ``[M]``, both better when smaller. Of equal points the first is kept.
+      costs: ``[M]``.
+      losses: ``[M]``.
+
+    Returns:
+      int64 ``[F]`` indices of the front, in ascending order of cost. The losses are then in
+      strictly descending order.
+
+    Examples:
+      >>> pareto(np.asarray([1.0, 3.0, 2.0, 3.0]), np.asarray([0.9, 0.2, 0.5, 0.7])).tolist()
+      [0, 2, 1]
     """
     order = np.lexsort((np.arange(len(costs)), losses, costs))
-    kept: list[int] = []
+    front: list[int] = []
     for i in order:
-        if not kept or losses[i] < losses[kept[-1]]:
-            kept.append(int(i))
-    return np.asarray(kept, np.int64)
+        if not front or losses[i] < losses[front[-1]]:
+            front.append(int(i))
+    return np.asarray(front, np.int64)
 
 
 def load_front(
     path: str | pathlib.Path,
     names: Sequence[str],
     space: BitSpace,
-    network: str | None = None,
+    weights_digest: str | None = None,
 ) -> Front:
-    """Reads a front file made for the network whose layers are called ``names``.
+    """Reads a front file that was made for the same layers and choices.
 
     Args:
-      network: digest of the weights that will run; None accepts a front of other weights.
+      path: the file, as `Front.save` wrote it.
+      names: ``[L]`` layer names of the network, from ``model.names``.
+      space: the widths of the network.
+      weights_digest: SHA-256 of the weights that will run (`Trained.weights_digest`). None accepts
+        a front of any weights.
+
+    Returns:
+      the front. All entries that are not fields of the format are its notes.
 
     Raises:
-      UserError: the file is missing, not a front, empty, damaged, or of another network.
+      UserError: the file is missing, is not a front file, has no points, is damaged, or was made
+        for another network or other weights.
+
+    See `Front` for an example.
     """
     path, content = read_document(path, "front", FRONT_FORMAT, FRONT_VERSION)
-    for key, mine in (("choices", list(space.choices)), ("layers", list(names))):
-        if content.get(key) != mine:
-            raise UserError(f"{path}: a front of another network: its {key} differ")
-    if network is not None and content.get("network") != network:
+    for key, expected in (("choices", list(space.choices)), ("layers", list(names))):
+        if content.get(key) != expected:
+            raise UserError(f"{path}: made for another network: its {key} differ", "other-network")
+    content = deprecated.new_keys(content, {"network": "weights_digest"})
+    if weights_digest is not None and content.get("weights_digest") != weights_digest:
         raise UserError(
-            f"{path}: a front of other weights of this network (retrained since?); search again"
+            f"{path}: made for other weights of this network (trained again since?); search again",
+            "other-network",
         )
     try:
         points = tuple(_point(entry) for entry in content["points"])
-        text = {key: content[key] for key in ("cost", "unit", "network")}
+        text = {key: content[key] for key in ("cost", "unit", "weights_digest")}
         if not all(isinstance(value, str) for value in text.values()):
-            raise TypeError("cost, unit and network must be text")
+            raise TypeError("cost, unit and weights_digest must be text")
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged front file ({error})") from None
+        raise UserError(f"{path}: damaged front file ({error})", "damaged") from None
     if not points:
-        raise UserError(f"{path}: an empty front; search again")
+        raise UserError(f"{path}: an empty front, without points; search again", "damaged")
     for point in points:
         try:
             space.check(np.asarray(point.widths), len(names))
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-    kept = pareto(np.asarray([p.cost for p in points]), np.asarray([p.loss for p in points]))
-    if kept.tolist() != list(range(len(points))):
-        raise UserError(f"{path}: damaged front file (points out of order, or beaten by others)")
-    known = {"format", "version", "choices", "layers", "points", *text}
-    notes = {key: value for key, value in content.items() if key not in known}
+            raise UserError(f"{path}: {error}", error.code) from None
+    front = pareto(np.asarray([p.cost for p in points]), np.asarray([p.loss for p in points]))
+    if front.tolist() != list(range(len(points))):
+        raise UserError(
+            f"{path}: damaged front file (points out of order, or beaten by other points)",
+            "damaged",
+        )
+    fields = {"format", "version", "choices", "layers", "points", *text}
+    notes = {key: value for key, value in content.items() if key not in fields}
     return Front(points=points, names=tuple(names), choices=space.choices, notes=notes, **text)
 
 
 def _point(entry: Any) -> Point:
-    """Reads a point; raises TypeError, ValueError or KeyError where it is none."""
+    """Reads a point of a front file. Raises TypeError or ValueError if it is not a point."""
     if not isinstance(entry, Mapping):
         raise TypeError(f"{shown(entry)} is not a point")
     if set(entry) != {field.name for field in dataclasses.fields(Point)}:
@@ -157,7 +222,7 @@ def _point(entry: Any) -> Point:
     numbers = [entry[key] for key in ("cost", "loss", "top1")]
     if entry["test_top1"] is not None:
         numbers.append(entry["test_top1"])
-    if not all(type(x) in (int, float) and -_MOST < x < _MOST for x in numbers):
+    if not all(type(x) in (int, float) and -_LIMIT < x < _LIMIT for x in numbers):
         raise ValueError("cost, loss and accuracy must be finite numbers")
     if not all(0 <= x <= 1 for x in numbers[2:]):
         raise ValueError("accuracy must lie in 0..1")

@@ -1,8 +1,9 @@
-"""The layer table: what each quantised layer is, described once and read by everything else."""
+"""The layer table: a description of each quantised layer, read by models, costs and exports."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -40,28 +41,46 @@ class KernelInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerInfo:
-    """One quantised layer: one width, one quantised input, and each kernel that reads it.
+    """One layer: it has one width and one quantised input, which one kernel or two read.
 
-    A projection shortcut reads the same tensor as the first convolution of its block, so it is a
+    A projection shortcut reads the same tensor as the first convolution of its block. So it is the
     second kernel of that layer.
 
     Attributes:
       name: such as "stage2.block1.conv1"; also its name in the variables.
       kind: "conv" or "depthwise".
       kernels: one KernelInfo, or two with a projection shortcut.
-      previous: which layer's width precedes its own (index into ``model.layers``); -1: the stem.
+      predecessor: the layer that produces its input, as an index into ``model.layers``; -1: the
+        stem. With a residual branch, the last layer of the block in front.
       block: which block it belongs to, counted from 0.
-      signed: whether its input takes both signs.
+      signed: whether its input has both signs.
       input: ``(H, W, C)`` of one example.
     """
 
     name: str
     kind: str
     kernels: tuple[KernelInfo, ...]
-    previous: int
+    predecessor: int
     block: int
     signed: bool
     input: tuple[int, int, int]
+
+    def norm_rows(self, n: int, norm: str) -> int:
+        """Returns P, the number of rows of the tables ``[P, n, C]`` of its batch norms.
+
+        There is a row for each width of the predecessor if ``norm`` is "transitional" and there is
+        a predecessor, else one row.
+        """
+        return n if norm == "transitional" and self.predecessor >= 0 else 1
+
+    def norm_row(self, indices: Any, rows: int) -> Any:
+        """Returns the row of its batch norms under a policy: that of its predecessor's width.
+
+        Args:
+          indices: ``[L]`` index of each layer's width (ints or arrays).
+          rows: P; the only row of 1 is 0.
+        """
+        return indices[self.predecessor] if rows > 1 else 0
 
     @property
     def macs(self) -> int:
@@ -82,7 +101,7 @@ def conv_info(
     strides: int,
     groups: int = 1,
 ) -> KernelInfo:
-    """Describes a convolution of input ``shape`` (H, W, C), padded by (kernel - 1) / 2."""
+    """Describes a convolution of an input of ``shape`` (H, W, C), padded by (kernel - 1) / 2."""
     height, width, channels = shape
     pad = (kernel - 1) // 2
 

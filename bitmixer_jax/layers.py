@@ -1,205 +1,101 @@
 """Linen layers whose bit-width is an argument: QuantActivation, QuantConv, QuantDense, TBN.
 
-A quantised layer is: quantise the input once at its width, convolve codes with codes, and
-normalise with the batch-norm slice of the pair (width of the layer before, own width). Widths
-arrive as an *index* into ``Quantization.space.choices``: a Python int (static: the compiler
-specialises) or an int32 scalar (traced: one programme serves all widths).
+A quantised layer quantises its input once, at its own width. Then it convolves codes with codes,
+and normalises with the batch norm of its pair of widths (predecessor, own). A width is given as an
+*index* into ``QuantConfig.space.choices``: a Python int is static, and XLA compiles a program for
+that width alone; an int32 scalar may be traced, and one program serves all widths.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from bitmixer_jax import quantizers
-from bitmixer_jax.bits import BitSpace
-from bitmixer_jax.errors import UserError
+from bitmixer_jax import deprecated, quantizers
+from bitmixer_jax.arithmetic import conv
+from bitmixer_jax.batch_norm import TransitionalBatchNorm as TransitionalBatchNorm
+from bitmixer_jax.batch_norm import fold as fold
 from bitmixer_jax.layer_table import LayerInfo, Padding
-
-Norm = Literal["transitional", "per_width"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantization:
-    """What is quantised in a network, and how. Truth table of the two flags:
-
-        activations  weights   used by
-        False        False     the float twin
-        True         False     stage 1 (our reading of the paper)
-        True         True      stages 2 and 3, inference
-
-    The variables are the same in the last two cases, so a state walks through the stages as it is.
-
-    Attributes:
-      space: widths that a layer may take; None is the float twin, with one plain BN per kernel.
-      activations: quantise the input of each layer.
-      weights: quantise its kernels.
-      weight_kind: one of ``quantizers.KINDS``.
-      norm: "transitional" (a BN per pair of widths) or "per_width" (a BN per own width).
-      momentum: of the running statistics.
-      epsilon: added to the variance.
-      axis_name: device axis over which batch statistics are averaged; None keeps them local.
-      compute_dtype: of the operands of a convolution of codes ("bfloat16" is exact up to 8 bits;
-        sums are float32); in a float twin, of all convolutions.
-    """
-
-    space: BitSpace | None = dataclasses.field(default_factory=BitSpace)
-    activations: bool = True
-    weights: bool = True
-    weight_kind: str = "floor"
-    norm: Norm = "transitional"
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    axis_name: str | None = None
-    compute_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        for value, allowed, what in (
-            (self.weight_kind, quantizers.KINDS, "weight quantiser"),
-            (self.norm, ("transitional", "per_width"), "norm"),
-            (self.compute_dtype, ("float32", "bfloat16"), "compute_dtype"),
-        ):
-            if value not in allowed:
-                raise UserError(f"{what}: got {value!r}; choose from {', '.join(allowed)}")
-        if self.space is None:
-            object.__setattr__(self, "activations", False)
-            object.__setattr__(self, "weights", False)
-        if self.weights and not self.activations:
-            raise UserError(
-                "quantisation: weights without activations is not a stage; quantise both"
-            )
-
-    @property
-    def n(self) -> int:
-        """Number of widths; 1 for the float twin."""
-        return 1 if self.space is None else self.space.n
-
-    def float_twin(self) -> Quantization:
-        """The same settings with quantisation off and one plain BN per kernel."""
-        return dataclasses.replace(self, space=None)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: Padding,
-    groups: int,
-    dtype: str,
-    exact: bool,
-) -> jax.Array:
-    """Convolution with operands in ``dtype`` and float32 sums, also in the backward pass.
-
-    ``exact`` operands (codes) lose nothing in the fewer bits that accelerators multiply by default,
-    whatever precision is asked for around them (`jax.default_matmul_precision`).
-    """
-    return lax.conv_general_dilated(
-        x.astype(dtype),
-        kernel.astype(dtype),
-        strides,
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-        precision=lax.Precision.DEFAULT if exact else None,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _conv_forward(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: Padding,
-    groups: int,
-    dtype: str,
-    exact: bool,
-) -> Any:
-    return _conv(x, kernel, strides, padding, groups, dtype, exact), (
-        x.astype(dtype),
-        kernel.astype(dtype),
-    )
-
-
-def _conv_backward(
-    strides: tuple[int, int],
-    padding: Padding,
-    groups: int,
-    dtype: str,
-    exact: bool,
-    residuals: Any,
-    g: jax.Array,
-) -> Any:
-    # Autodiff of a bfloat16 convolution with float32 sums mixes dtypes, which XLA refuses: so the
-    # cotangent is cast, and the transposed convolutions are those of the plain operation.
-    x, kernel = residuals
-    plain = functools.partial(
-        lax.conv_general_dilated,
-        window_strides=strides,
-        padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-    _, transpose = jax.vjp(lambda x, kernel: plain(x, kernel), x, kernel)
-    return tuple(t.astype(jnp.float32) for t in transpose(g.astype(dtype)))
-
-
-_conv.defvjp(_conv_forward, _conv_backward)
+from bitmixer_jax.quant_config import QuantConfig as QuantConfig
 
 
 class QuantActivation(nn.Module):
-    """Quantises the input of a layer.
+    """Quantises the input of a layer: ``codes = clip(round(x / step_size), Qn, Qp)``.
 
-    Variables: ``params/step`` float32 ``[n]``, a step size per width, set from the images that
-    `init` is called with (LSQ). The float twin has none.
+    Variables: ``params/step`` float32 ``[n]``, a step size for each width. `init` sets them from
+    the values of x (LSQ). The full-precision baseline has none.
+
+    Attributes:
+      quant: what is quantised, and how.
+      signed: whether the input has both signs.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from bitmixer_jax.layers import QuantActivation, QuantConfig
+      >>> x = jnp.linspace(0, 1, 12).reshape(1, 2, 2, 3)
+      >>> (codes, step_size), _ = QuantActivation(QuantConfig()).init_with_output(
+      ...     jax.random.key(0), x, index=0
+      ... )
+      >>> sorted(set(codes.ravel().tolist()))  # 2 bits
+      [0.0, 1.0, 2.0]
+
+    Reference: Esser et al., Learned Step Size Quantization, ICLR 2020, eq. 1 and 2.
     """
 
-    quant: Quantization
+    quant: QuantConfig
     signed: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, index: Any) -> tuple[jax.Array, jax.Array | None]:
-        """Returns (codes, step) for x ``[N, ...]``; (x, None) where nothing is quantised."""
+        """Quantises x at width ``index``.
+
+        Args:
+          x: float32 ``[N, ...]``.
+          index: of the width: int, or int32 scalar, which may be traced.
+
+        Returns:
+          codes float32, shape of x, and the float32 scalar that multiplies them; (x, None) where
+          activations are not quantised.
+        """
         space = self.quant.space
         if space is None:
             return x, None
-        steps = self.param(
+        # "step" is the name of the leaf in checkpoints and files, which must stay readable.
+        step_sizes = self.param(
             "step",
             lambda _: jnp.stack(
-                [quantizers.initial_step(x, b, self.signed) for b in space.choices]
+                [quantizers.init_step_size(x, b, self.signed) for b in space.choices]
             ),
         )
         if not self.quant.activations:
             return x, None
-        return quantizers.activation_codes(x, steps, index, space, self.signed)
+        return quantizers.activation_codes(x, step_sizes, index, space, self.signed)
 
 
 class _Kernel(nn.Module):
     """The kernel of a layer, quantised. Base of QuantConv and QuantDense."""
 
-    quant: Quantization
+    quant: QuantConfig
 
     def codes(self, shape: tuple[int, ...], init: Any, index: Any) -> tuple[jax.Array, Any]:
-        """Returns (codes, step) of the kernel ``shape``; (kernel, None) where it stays real."""
+        """Returns (codes, step size) of the kernel; (kernel, None) where it stays real."""
         kernel = self.param("kernel", init, shape, jnp.float32)
-        space = self.quant.space
+        space, quantizer = self.quant.space, self.quant.quantizer
         if space is None:
             return kernel, None
-        kind = self.quant.weight_kind
-        widths = space.choices if kind == "independent" else (space.widest,)
-        steps = self.param(
+        step_sizes = self.param(  # "step": as in QuantActivation
             "step",
-            lambda _: jnp.stack([quantizers.initial_step(kernel, b, True) for b in widths]),
+            lambda _: jnp.stack(
+                [quantizers.init_step_size(kernel, b, True) for b in quantizer.step_widths(space)]
+            ),
         )
         if not self.quant.weights:
             return kernel, None
-        return quantizers.weight_codes(kernel, steps, index, space, kind)
+        return quantizer.quantize(kernel, step_sizes, index, space)
 
 
 def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
@@ -207,10 +103,28 @@ def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
 
 
 class QuantConv(_Kernel):
-    """2-D convolution of codes.
+    """2-D convolution of codes with the codes of a kernel.
 
-    Variables: ``params/kernel`` float32 ``[kh, kw, C_in / groups, C_out]``; ``params/step``
-    float32 ``[1]`` (nested quantisers) or ``[n]`` (independent).
+    Variables: ``params/kernel`` float32 ``[kh, kw, C_in / groups, C_out]``, and ``params/step``
+    float32 ``[1]``, or ``[n]`` if the weight quantiser is not nested.
+
+    Attributes:
+      quant: what is quantised, and how.
+      features: C_out.
+      kernel_size: (kh, kw).
+      strides: of the convolution.
+      padding: ((top, bottom), (left, right)).
+      groups: into which the channels are divided.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from bitmixer_jax.layers import QuantConfig, QuantConv
+      >>> codes, step_size = jnp.ones((1, 4, 4, 3)), jnp.float32(0.5)
+      >>> conv = QuantConv(QuantConfig(), features=5)
+      >>> (sums, scale), _ = conv.init_with_output(jax.random.key(0), codes, step_size, index=0)
+      >>> sums.shape, float(sums[0, 1, 1, 0] % 0.5)  # halves, as "floor" codes are
+      ((1, 4, 4, 5), 0.0)
     """
 
     features: int = 1
@@ -221,145 +135,96 @@ class QuantConv(_Kernel):
 
     @nn.compact
     def __call__(
-        self, codes: jax.Array, step: jax.Array | None, index: Any
+        self, codes: jax.Array, step_size: jax.Array | None, index: Any
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Convolves ``codes`` ``[N, H, W, C_in]`` with the kernel at width ``index``.
+        """Convolves ``codes`` with the kernel at width ``index``.
+
+        Args:
+          codes: float32 ``[N, H, W, C_in]``, or real values.
+          step_size: what multiplies the codes: a scalar, or None for 1.
+          index: of the width: int, or int32 scalar, which may be traced.
 
         Returns:
-          sums ``[N, H', W', C_out]`` float32 and the scalar (None: 1) by which they are to be
-          multiplied; the batch norm that follows takes both and saves a pass over the tensor.
+          sums float32 ``[N, H', W', C_out]`` and the scalar (None: 1) that multiplies them. The
+          batch norm that follows takes both, which saves a pass over the tensor.
         """
         shape = (*self.kernel_size, codes.shape[-1] // self.groups, self.features)
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        kernel, kernel_step = self.codes(shape, init, index)
+        kernel, kernel_step_size = self.codes(shape, init, index)
         # Real-valued operands keep float32: bfloat16 is exact for codes only.
-        exact = step is not None and kernel_step is not None
+        exact = step_size is not None and kernel_step_size is not None
         dtype = self.quant.compute_dtype if exact or self.quant.space is None else "float32"
-        sums = _conv(codes, kernel, self.strides, self.padding, self.groups, dtype, exact)
-        return sums, _product(step, kernel_step)
+        sums = conv(codes, kernel, self.strides, self.padding, self.groups, dtype, exact)
+        return sums, _product(step_size, kernel_step_size)
 
 
 class QuantDense(_Kernel):
-    """Dense layer of codes, with a real-valued bias.
+    """Dense layer: codes times the codes of a kernel, plus a real-valued bias.
 
-    Variables: ``params/kernel`` float32 ``[C_in, C_out]``, ``params/bias`` ``[C_out]``,
+    Variables: ``params/kernel`` float32 ``[C_in, C_out]``, ``params/bias`` float32 ``[C_out]``, and
     ``params/step`` as in QuantConv.
+
+    Attributes:
+      quant: what is quantised, and how.
+      features: C_out.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from bitmixer_jax.layers import QuantConfig, QuantDense
+      >>> dense = QuantDense(QuantConfig(), features=5)
+      >>> y, _ = dense.init_with_output(jax.random.key(0), jnp.ones((2, 3)), jnp.float32(0.5), 0)
+      >>> y.shape
+      (2, 5)
     """
 
     features: int = 1
 
     @nn.compact
-    def __call__(self, codes: jax.Array, step: jax.Array | None, index: Any) -> jax.Array:
-        """Maps ``codes`` ``[N, C_in]`` to real values ``[N, C_out]`` float32."""
+    def __call__(self, codes: jax.Array, step_size: jax.Array | None, index: Any) -> jax.Array:
+        """Multiplies ``codes`` by the kernel at width ``index`` and adds the bias.
+
+        Args:
+          codes: float32 ``[N, C_in]``, or real values.
+          step_size: what multiplies the codes: a scalar, or None for 1.
+          index: of the width: int, or int32 scalar, which may be traced.
+
+        Returns:
+          real values, float32 ``[N, C_out]``.
+        """
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-        kernel, kernel_step = self.codes((codes.shape[-1], self.features), init, index)
+        kernel, kernel_step_size = self.codes((codes.shape[-1], self.features), init, index)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        scale = _product(step, kernel_step)
+        scale = _product(step_size, kernel_step_size)
         sums = codes @ kernel
         return bias + (sums if scale is None else scale * sums)
 
 
-class TransitionalBatchNorm(nn.Module):
-    """Batch norm with one set of parameters and statistics per pair of widths (Bit-Mixer).
-
-    The pair is (width of the layer that produced this layer's input, width of this layer). With P
-    previous widths (n, or 1 after the float stem) and n own widths, the variables are
-
-        params/scale, params/bias             float32 [P, n, C]
-        batch_stats/mean, batch_stats/var     float32 [P, n, C]
-        batch_stats/count                     int32   [P, n]  training steps that used the pair
-
-    A step reads and updates the one pair it walks through. Running statistics are the plain
-    average of the first visits to a pair and an exponential one from then on, so that a rarely
-    visited pair is not biased towards its starting values.
-    """
-
-    quant: Quantization
-    previous: int = 1
-
-    @nn.compact
-    def __call__(
-        self, sums: jax.Array, step: jax.Array | None, previous: Any, index: Any, train: bool
-    ) -> jax.Array:
-        """Normalises ``step * sums``.
-
-        Args:
-          sums: ``[N, H, W, C]`` float32.
-          step: scalar or None (1).
-          previous: index of the width of the layer before; 0 where P is 1.
-          index: index of the width of this layer.
-          train: use the batch's statistics, and update the running ones.
-
-        Returns:
-          ``[N, H, W, C]`` float32.
-        """
-        table = (self.previous, self.quant.n)
-        shape = (*table, sums.shape[-1])
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        count = self.variable("batch_stats", "count", jnp.zeros, table, jnp.int32)
-        pair = (previous, index)
-        # sums stay unscaled: mean(step x) = step mean(x) costs nothing on [C].
-        factor = jnp.float32(1) if step is None else step
-        if train or self.is_initializing():
-            batch_mean = jnp.mean(sums, (0, 1, 2))
-            batch_square = jnp.mean(jnp.square(sums), (0, 1, 2))
-            if self.quant.axis_name is not None and not self.is_initializing():
-                batch_mean, batch_square = lax.pmean(
-                    (batch_mean, batch_square), self.quant.axis_name
-                )
-            batch_var = jnp.maximum(batch_square - jnp.square(batch_mean), 0)
-            now_mean, now_var = factor * batch_mean, jnp.square(factor) * batch_var
-            if not self.is_initializing():
-                visits = count.value[pair].astype(jnp.float32)
-                keep = jnp.minimum(self.quant.momentum, visits / (visits + 1))
-                mean.value = mean.value.at[pair].set(
-                    keep * mean.value[pair] + (1 - keep) * lax.stop_gradient(now_mean)
-                )
-                var.value = var.value.at[pair].set(
-                    keep * var.value[pair] + (1 - keep) * lax.stop_gradient(now_var)
-                )
-                count.value = count.value.at[pair].add(1)
-        else:
-            now_mean, now_var = mean.value[pair], var.value[pair]
-        multiplier, offset = fold(
-            scale[pair], bias[pair], now_mean, now_var, factor, self.quant.epsilon
-        )
-        return multiplier * sums + offset
-
-
-def fold(
-    scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array, step: Any, epsilon: float
-) -> tuple[jax.Array, jax.Array]:
-    """Batch norm of ``step * sums`` as one multiplier and one offset per channel: two ``[..., C]``.
-
-    ``scale * (step * sums - mean) / sqrt(var + epsilon) + bias == multiplier * sums + offset``
-    """
-    gain = scale * lax.rsqrt(var + epsilon)
-    return gain * step, bias - gain * mean
-
-
 class QuantLayer(nn.Module):
-    """A layer as its LayerInfo describes it: quantise, convolve, normalise; once per kernel."""
+    """A layer as its LayerInfo describes it: quantises, then convolves and normalises by kernel.
+
+    Attributes:
+      info: the layer's shapes, kernels and predecessor.
+      quant: what is quantised, and how.
+    """
 
     info: LayerInfo
-    quant: Quantization
+    quant: QuantConfig
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, previous: Any, index: Any, train: bool
+        self, x: jax.Array, predecessor: Any, index: Any, train: bool
     ) -> tuple[jax.Array, ...]:
         """Returns the normalised output ``[N, H', W', C_out]`` of each kernel.
 
         Args:
-          x: ``[N, H, W, C]`` float32.
-          previous, index: of the widths of the layer before and of this one.
+          x: float32 ``[N, H, W, C]``.
+          predecessor: index of the predecessor's width; ignored where it does not count.
+          index: index of the width of this layer.
           train: see TransitionalBatchNorm.
         """
-        after_layer = self.info.previous >= 0 and self.quant.norm == "transitional"
-        codes, step = QuantActivation(self.quant, self.info.signed, name="input")(x, index)
+        rows = self.info.norm_rows(self.quant.n, self.quant.norm)
+        codes, step_size = QuantActivation(self.quant, self.info.signed, name="input")(x, index)
         outputs = []
         for kernel in self.info.kernels:
             sums, scale = QuantConv(
@@ -370,9 +235,10 @@ class QuantLayer(nn.Module):
                 padding=kernel.padding,
                 groups=kernel.groups,
                 name=kernel.name,
-            )(codes, step, index)
-            norm = TransitionalBatchNorm(
-                self.quant, self.quant.n if after_layer else 1, name=f"{kernel.name}_norm"
-            )
-            outputs.append(norm(sums, scale, previous if after_layer else 0, index, train))
+            )(codes, step_size, index)
+            norm = TransitionalBatchNorm(self.quant, rows, name=f"{kernel.name}_norm")
+            outputs.append(norm(sums, scale, predecessor, index, train))
         return tuple(outputs)
+
+
+__getattr__ = deprecated.module_getattr(__name__)

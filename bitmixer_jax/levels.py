@@ -1,4 +1,4 @@
-"""Which quantisation levels a trained network really uses: the check against silent mistakes."""
+"""Counts the quantisation levels that a trained network uses, which shows mistakes of training."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bitmixer_jax import quantizers
+from bitmixer_jax.data import normalize
 from bitmixer_jax.layers import QuantActivation
 from bitmixer_jax.models import Network
+from bitmixer_jax.trained import Trained
 
 
 @dataclasses.dataclass(frozen=True)
 class LevelCount:
-    """Levels in use in one layer at one width.
+    """How many levels one layer uses at one width.
 
     Attributes:
       layer: its name.
-      bits: the width; 2^bits levels are there to be used.
+      bits: the width; there are 2^bits levels.
       weights: how many levels its kernels use.
       activations: how many levels its input uses, on the images given.
       saturated: share (0..1) of the activations at the highest level.
@@ -32,11 +35,24 @@ class LevelCount:
     saturated: float
 
 
+def levels_of(trained: Trained, data_dir: str | None = None) -> list[LevelCount]:
+    """Counts the levels in use on 256 training images. Arguments as `Trained.load_split`."""
+    data = trained.load_split(trained.run.train_split, data_dir)
+    few = data.subset(np.arange(min(256, len(data))))
+    images = normalize(jnp.asarray(few.images), data.mean, data.std)
+    return levels_used(trained.model, trained.variables, images)
+
+
 def levels_used(model: Network, variables: Any, images: jax.Array) -> list[LevelCount]:
-    """Counts the levels in use, with all layers at each width in turn.
+    """Counts the levels that each layer uses, with all layers at each width in turn.
 
     Args:
+      model: a switchable network.
+      variables: of the network, trained.
       images: float32 ``[N, H, W, C]``, normalised; a few hundred are enough.
+
+    Returns:
+      a LevelCount for each width and layer.
     """
     space = model.space
 
@@ -56,14 +72,13 @@ def levels_used(model: Network, variables: Any, images: jax.Array) -> list[Level
         seen = inputs(variables, images, space.uniform(bits, model.num_layers))
         for layer in model.layers:
             codes, _ = seen[layer.name]["input"]["__call__"][0]
-            of_input = np.asarray(quantizers.levels(codes, bits, layer.signed))
+            of_input = np.asarray(quantizers.code_histogram(codes, bits, layer.signed))
             of_weights = np.zeros(2**bits, np.int64)
             for kernel in layer.kernels:
-                held = variables["params"][layer.name][kernel.name]
-                w_codes, _ = quantizers.weight_codes(
-                    held["kernel"], held["step"], index, space, model.quant.weight_kind
-                )
-                of_weights += np.asarray(quantizers.levels(w_codes, bits, True))
+                own = variables["params"][layer.name][kernel.name]
+                quantize = model.quant.quantizer.quantize
+                w_codes, _ = quantize(own["kernel"], own["step"], index, space)
+                of_weights += np.asarray(quantizers.code_histogram(w_codes, bits, True))
             found.append(
                 LevelCount(
                     layer.name,

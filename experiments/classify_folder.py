@@ -1,7 +1,7 @@
 """Classifies the images of a folder again and again; SIGUSR1 switches to the next policy.
 
     python experiments/classify_folder.py photos --workdir runs/digits --policy 4 3 2
-    kill -USR1 PID      # the PID is in the first line; --front FILE goes round a front instead
+    kill -USR1 PID      # the first line shows the PID; --front FILE uses the policies of a front
 
 Ends after --rounds, or on SIGTERM or an interrupt.
 """
@@ -16,10 +16,10 @@ import time
 
 import numpy as np
 
-from bitmixer_jax.bits import parse_policy
 from bitmixer_jax.data.image_files import find_images
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.front import load_front
+from bitmixer_jax.policy import parse_policy
 from bitmixer_jax.runtime import Runtime
 
 
@@ -50,7 +50,7 @@ def main():
 
     runtime = Runtime.load(given.workdir)
     if given.front:
-        front = load_front(given.front, runtime.names, runtime.space, runtime.network)
+        front = load_front(given.front, runtime.names, runtime.space, runtime.weights_digest)
         policies = [point.widths for point in front.points]
     else:
         policies = [parse_policy(text, runtime.names, runtime.space) for text in given.policy]

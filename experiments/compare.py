@@ -1,6 +1,6 @@
 """Compares finished runs: a table and a plot of their three protocols.
 
-Runs are grouped by name; several workdirs of one name are its seeds.
+Runs are grouped by name. Several workdirs of one name are its seeds.
 
     python experiments/compare.py --out experiments/results/cifar10_cpu \
         TBN=runs/tbn-s0 TBN=runs/tbn-s1 "BN per width"=runs/bn-s0 float=runs/float-s0
@@ -40,7 +40,7 @@ def pooled(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR")
     arguments = parser.parse_args()
     groups, minutes = {}, {}
@@ -71,7 +71,7 @@ def main():
     ]
     if floats:
         blank = " | ".join([""] * (len(widths) + 2))
-        rows.append(f"| float twin: {spread(floats)} | {blank} | |")
+        rows.append(f"| full-precision baseline: {spread(floats)} | {blank} | |")
     for name, results in switchable.items():
         cells = [spread([r["uniform"][w] for r in results]) for w in widths]
         cells += [spread([r["random"][key] for r in results]) for key in ("mean", "std", "worst")]

@@ -1,11 +1,11 @@
-"""Search methods against the truth, on networks small enough to try every policy (3^6 = 729).
+"""Compares search methods with the best policy there is, on networks of 3^6 = 729 policies.
 
     python experiments/enumerate_policies.py --out experiments/results/enumeration \\
         runs/net6-s0 runs/net6-s1 runs/net6-s2
 
-All policies are scored on the images of the search and on test images. Under each budget, the gap
-is what a method's policy loses against the best there is: in loss on the images of the search (that
-is what methods minimise), and in test accuracy against the policy of least search loss.
+Scores all policies on the images of the search and on test images. Under each budget, the gap
+compares the policy of a method with the policy of least search loss. It is given in loss on the
+images of the search, which methods minimise, and in test accuracy.
 """
 
 import argparse
@@ -17,36 +17,39 @@ import pathlib
 import numpy as np
 from scipy.stats import spearmanr
 
-from bitmixer_jax.search import Problem, ScoreBook, parse_budget
-from bitmixer_jax.search.workdir import Settings, Trained
+from bitmixer_jax.evaluation import make_evaluator
+from bitmixer_jax.search import EvaluationCache, SearchSession, SearchSettings, parse_budget
+from bitmixer_jax.trained import load
 
 AVERAGES = (2.5, 3.0, 3.5)
 ARMS = {
-    "greedy": Settings(method="greedy"),
-    "ilp, measured": Settings(method="ilp"),
-    "ilp, Hessian": Settings(method="ilp", sensitivity="hessian"),
-    "evolution, 64": Settings(method="evolution", evaluations=64),
-    "random search, 64": Settings(method="random", evaluations=64),
+    "greedy": SearchSettings(method="greedy"),
+    "ilp, measured": SearchSettings(method="ilp"),
+    "ilp, Hessian": SearchSettings(method="ilp", sensitivity="hessian"),
+    "evolution, 64": SearchSettings(method="evolution", evaluations=64),
+    "random search, 64": SearchSettings(method="random", evaluations=64),
 }
 
 
 def run(workdir, images, data_dir):
     """One network: a JSON tree."""
-    trained = Trained(workdir, Settings(images=images, data_dir=data_dir))
+    trained = load(workdir)
+    session = SearchSession(trained, SearchSettings(images=images, data_dir=data_dir))
     space, layers = trained.model.space, trained.model.num_layers
     everything = np.asarray(list(itertools.product(space.choices, repeat=layers)), np.int32)
-    scores = trained.book(everything)
-    evaluator, examples = trained.test()
-    book = ScoreBook(
+    scores = session.cache(everything)
+    evaluator = make_evaluator(trained, data_dir)
+    examples = evaluator.examples
+    cache = EvaluationCache(
         lambda policies: evaluator.scores(trained.variables, policies),
         pathlib.Path(workdir) / "search" / "all-on-test.jsonl",
-        {"network": trained.network, "test": examples},
+        {"network": trained.weights_digest, "test": examples},
     )
-    test = book(everything).top1
+    test = cache(everything).top1
     place = {tuple(p): i for i, p in enumerate(everything.tolist())}
     result = {
         "policies": len(everything),
-        "images": {"search": len(trained.data), "split": trained.split, "test": examples},
+        "images": {"search": len(session.data), "split": session.split, "test": examples},
         "rank correlation with test accuracy": {
             "search loss": float(spearmanr(-scores.loss, test).statistic),
             "search accuracy": float(spearmanr(scores.top1, test).statistic),
@@ -54,11 +57,11 @@ def run(workdir, images, data_dir):
         "budgets": {},
     }
     for average in AVERAGES:
-        limits = parse_budget([f"avg_bits={average}"], trained.costs)
-        problem = Problem(space=space, groups=trained.groups, axis=limits[0].cost, limits=limits)
+        limits = parse_budget([f"avg_bits={average}"], session.costs)
+        problem = session.problem(limits[0].cost, limits)
         fits = problem.fits_policy(everything)
         truth = int(np.argmin(np.where(fits, scores.loss, np.inf)))
-        same = np.isclose(problem.axis(everything), average)
+        same = np.isclose(problem.objective(everything), average)
         entry = {
             "fitting": int(fits.sum()),
             "optimum": everything[truth].tolist(),
@@ -70,8 +73,8 @@ def run(workdir, images, data_dir):
             "methods": {},
         }
         for name, settings in ARMS.items():
-            trained.settings = dataclasses.replace(settings, images=images, data_dir=data_dir)
-            found = trained.search(problem)
+            session.settings = dataclasses.replace(settings, images=images, data_dir=data_dir)
+            found = session.search(problem)
             best = place[found.best().widths]
             entry["methods"][name] = {
                 "widths": everything[best].tolist(),
@@ -126,10 +129,10 @@ def table(results):
 def main():
     """Reads the command line, runs, writes results.json and README.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workdirs", nargs="+")
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--data_dir")
+    parser.add_argument("workdirs", nargs="+", help="folders of runs, one for each seed")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
+    parser.add_argument("--images", type=int, default=2000, help="images that score a policy")
+    parser.add_argument("--data_dir", help="where the data are")
     given = parser.parse_args()
     results = [run(w, given.images, given.data_dir) for w in given.workdirs]
     given.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A network that follows a budget: a wave, noise on it, and a drop below what any policy costs.
+"""Follows a changing budget: a wave with noise, and a drop below the cost of every policy.
 
     bitmixer front --workdir runs/digits --cost bitops --out runs/front
     python experiments/follow_budget.py --workdir runs/digits --front runs/front/front.json \\
@@ -21,7 +21,7 @@ from bitmixer_jax.errors import UserError
 from bitmixer_jax.front import load_front
 from bitmixer_jax.plotting import COLORS, new_figure
 from bitmixer_jax.runtime import Runtime
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 
 WINDOW = 20  # calls over which accuracy is averaged in the plot
 
@@ -118,10 +118,10 @@ def main():
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {given.out}: cannot write there ({error.strerror})") from None
-    run, _, _ = load_trained(given.workdir)
+    run = load(given.workdir).run
     data = datasets.load(run.dataset, run.test_split, given.data_dir or run.data_dir or None)
     runtime = Runtime.load(given.workdir, batch_size=given.batch_size)
-    front = load_front(given.front, runtime.names, runtime.space, runtime.network)
+    front = load_front(given.front, runtime.names, runtime.space, runtime.weights_digest)
 
     rng = np.random.default_rng(given.seed)
     budgets = changing_budgets(front, given.steps, rng)

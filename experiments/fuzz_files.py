@@ -1,13 +1,13 @@
-"""Mutates files at random: each must fail in one line, or change nothing.
+"""Mutates files at random: each must fail with one line, or change nothing.
 
     python experiments/fuzz_files.py --packed runs/net.packed --number 100000
     python experiments/fuzz_files.py --packed runs/net.packed --onnx runs/net.onnx --number 3000
     python experiments/fuzz_files.py --workdir runs/digits --number 1000
 
-Prints how many mutations failed clearly, and how many were harmless (they touched nothing that a
-reader reads, such as spaces). Anything else - another exception, a wrong load, a hang - ends it.
-Of a workdir, config.json and metrics.jsonl may also read as other settings and other numbers, as
-they carry no checksum; the arrays of a checkpoint may not.
+Prints how many mutations failed with a clear message, and how many were harmless. A harmless one
+changes bytes that no reader uses, such as spaces. Another exception, a wrong load or a hang ends
+the script. In a workdir, config.json and metrics.jsonl have no checksum, so they may also read as
+other settings and other numbers. The arrays of a checkpoint may not.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from bitmixer_jax import BitSpace, load_policy, save_policy
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.export.packed import pack, unpack
 from bitmixer_jax.report import plot_curves
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 from bitmixer_jax.training.checkpoints import digest
 
 SLOW = 30.0  # seconds; a file takes milliseconds, a plot one second
@@ -146,25 +146,25 @@ def fuzz_onnx(given, path):
 def fuzz_workdir(given, copy):
     """Fuzzes the files of a workdir, in a copy of it."""
     shutil.copytree(given.workdir, copy)
-    wanted = digest(load_trained(copy)[2])
+    wanted = digest(load(copy).variables)
 
-    def through(path, load):
+    def through(path, read):
         def run(changed):
             path.write_bytes(changed)
-            return load()
+            return read()
 
         return run
 
     def same(found, changed):
         return True
 
-    def load():
-        return digest(load_trained(copy)[2])
+    def values():
+        return digest(load(copy).variables)
 
     def curves():
         plot_curves(copy / "curves.png", copy)
 
-    for name, read in (("config.json", load), ("metrics.jsonl", curves)):
+    for name, read in (("config.json", values), ("metrics.jsonl", curves)):
         path = copy / name
         whole = path.read_bytes()
         fuzz(name, whole, through(path, read), same, given.number, given.seed)
@@ -175,7 +175,7 @@ def fuzz_workdir(given, copy):
         whole = path.read_bytes()
         each = max(1, given.number // len(files))
         name = str(path.relative_to(copy))
-        fuzz(name, whole, through(path, load), lambda d, _: d == wanted, each, given.seed)
+        fuzz(name, whole, through(path, values), lambda d, _: d == wanted, each, given.seed)
         path.write_bytes(whole)
 
 

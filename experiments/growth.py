@@ -1,10 +1,10 @@
-"""How the time of a training step grows: with devices, batch, width of network, choices, policies.
+"""Measures how the time of a training step grows: with devices, batch, width, choices, policies.
 
     python experiments/growth.py --out experiments/results/growth [--steps 10]
 
-Each point is a process of its own; in it the quantised step and that of the float twin take turns,
-and their ratio is what to read on a busy machine. Host devices share the cores there are: they show
-what spreading costs, not what it gains.
+Each point is a process of its own. In it, the quantised step and the step of the full-precision
+baseline take turns. On a busy machine, read their ratio. Host devices share the cores of the
+machine. So they show what spreading costs, not what it gains.
 """
 
 import argparse
@@ -41,9 +41,9 @@ def measure(point, steps):
     import jax
 
     from bitmixer_jax.benchmark import KINDS, prepare_step
-    from bitmixer_jax.bits import BitSpace
-    from bitmixer_jax.devices import replicate
+    from bitmixer_jax.distributed import replicate
     from bitmixer_jax.models import create_model
+    from bitmixer_jax.policy import BitSpace
 
     model = create_model(
         point["model"],
@@ -91,7 +91,7 @@ def plot(table, path):
         for kind, color in (("layer", COLORS[0]), ("float", COLORS[1])):
             low, high = zip(*(row[f"{kind}_ms_quartiles"] for row in rows), strict=True)
             axis.fill_between(x, low, high, color=color, alpha=0.2)
-            label = "layer-wise" if kind == "layer" else "float twin"
+            label = "layer-wise" if kind == "layer" else "full-precision baseline"
             axis.plot(x, [row[f"{kind}_ms"] for row in rows], "o-", color=color, label=label)
         axis.set_xlabel(LABELS[name])
         if x[-1] > 8:  # each twice the one before
@@ -108,7 +108,7 @@ def plot(table, path):
 def main():
     """Reads the command line, measures point after point, plots; goes on where it stopped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--point", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Makes a small set of JPEG files that stands in for ImageNet: for tests, trials and timing.
+"""Makes a small set of JPEG files that replaces ImageNet in tests, trials and timing.
 
     python experiments/make_jpegs.py --out data/imagenet --classes 4 --train 64 --validation 16
 
 Writes ``OUT/train/CLASS/*.JPEG`` and ``OUT/val/CLASS/*.JPEG``. A picture is noise with the spectrum
-of photographs under a few ellipses; the class sets the hue and the form of the largest of them, so
-that a network has something to learn. These are no photographs, and say nothing about accuracy.
+of photographs under a few ellipses. The class sets the hue and the shape of the largest ellipse, so
+a network has something to learn. The pictures are no photographs and say nothing about accuracy.
 """
 
 from __future__ import annotations

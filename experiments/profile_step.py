@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: milliseconds per kind of compiled operation.
+"""Shows where the time of a training step goes: milliseconds by kind of compiled operation.
 
 python experiments/profile_step.py resnet20 --batch_size 128
 """
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bitmixer_jax.benchmark import KINDS, prepare_step
-from bitmixer_jax.devices import replicate
+from bitmixer_jax.distributed import replicate
 from bitmixer_jax.models import create_model
 
 

@@ -1,10 +1,10 @@
-"""Search methods side by side on trained networks: accuracy, evaluations, time.
+"""Compares search methods on trained networks: accuracy, evaluations, time.
 
     python experiments/search_methods.py --out experiments/results/search_resnet20 \\
         runs/net20-s0 runs/net20-s1 runs/net20-s2
 
-Each network is one seed. A method sees images that training left out; test data is read once, for
-the policies that all methods found, uniform widths, and random policies of the same average width.
+Each network is one seed. A method sees images that training left out. Test data is read once: for
+the policies that the methods found, uniform widths, and random policies of the same average width.
 """
 
 import argparse
@@ -17,32 +17,29 @@ import numpy as np
 
 from bitmixer_jax import sample_average
 from bitmixer_jax.plotting import COLORS, new_figure
-from bitmixer_jax.search import Problem, parse_budget
-from bitmixer_jax.search.workdir import Settings, Trained
+from bitmixer_jax.search import SearchSession, SearchSettings, parse_budget
+from bitmixer_jax.trained import load
 
 ARMS = {
-    "greedy": Settings(method="greedy"),
-    "ilp, measured": Settings(method="ilp"),
-    "ilp, Hessian": Settings(method="ilp", sensitivity="hessian"),
-    "evolution": Settings(method="evolution", evaluations=256),
-    "random search": Settings(method="random", evaluations=256),
+    "greedy": SearchSettings(method="greedy"),
+    "ilp, measured": SearchSettings(method="ilp"),
+    "ilp, Hessian": SearchSettings(method="ilp", sensitivity="hessian"),
+    "evolution": SearchSettings(method="evolution", evaluations=256),
+    "random search": SearchSettings(method="random", evaluations=256),
 }
 
 
 def run(workdir, average, number, images, data_dir):
     """All arms on one network: a JSON tree."""
-    found = {}
+    found, trained = {}, load(workdir)
     for name, settings in ARMS.items():
         settings = dataclasses.replace(settings, images=images, data_dir=data_dir)
-        trained = Trained(workdir, settings)
-        limits = parse_budget([f"avg_bits={average}"], trained.costs)
-        problem = Problem(
-            space=trained.model.space, groups=trained.groups, axis=limits[0].cost, limits=limits
-        )
-        result = trained.search(problem)
+        session = SearchSession(trained, settings)
+        limits = parse_budget([f"avg_bits={average}"], session.costs)
+        result = session.search(session.problem(limits[0].cost, limits))
         found[name] = dataclasses.asdict(result.best()) | {
             "evaluations": len(result.policies),
-            "seconds": round(trained.seconds, 1),
+            "seconds": round(session.seconds, 1),
         }
         print(workdir, name, found[name], flush=True)
     model, space = trained.model, trained.model.space
@@ -50,13 +47,12 @@ def run(workdir, average, number, images, data_dir):
     drawn = [sample_average(key, space, model.num_layers, average) for key in keys]
     uniform = [space.uniform(width, model.num_layers) for width in space.choices]
     searched = [np.asarray(entry["widths"]) for entry in found.values()]
-    evaluator, examples = trained.test()
-    top1 = evaluator.top1(trained.variables, np.stack([*searched, *uniform, *drawn]))
+    top1, examples = session.top1_on_test(np.stack([*searched, *uniform, *drawn]))
     for entry, accuracy in zip(found.values(), top1, strict=False):
         entry["test_top1"] = float(accuracy)
     after = len(searched) + space.n
     return {
-        "images": {"search": len(trained.data), "split": trained.split, "test": examples},
+        "images": {"search": len(session.data), "split": session.split, "test": examples},
         "methods": found,
         "uniform": {
             str(w): float(t) for w, t in zip(space.choices, top1[len(searched) :], strict=False)
@@ -129,12 +125,12 @@ def plot(path, results):
 def main():
     """Reads the command line, runs, writes results.json, README.md and methods.png."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workdirs", nargs="+")
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("workdirs", nargs="+", help="folders of runs, one for each seed")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("--average", type=float, default=3.0)
     parser.add_argument("--random", type=int, default=200)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--data_dir")
+    parser.add_argument("--images", type=int, default=2000, help="images that score a policy")
+    parser.add_argument("--data_dir", help="where the data are")
     given = parser.parse_args()
     results = [
         run(w, given.average, given.random, given.images, given.data_dir) for w in given.workdirs

@@ -1,11 +1,11 @@
-"""Kills a small run at random moments, again and again, and compares it with one never disturbed.
+"""Kills a small run at random moments, again and again, and compares it with an undisturbed run.
 
     python experiments/soak.py --out experiments/results/soak [--kills 100]
 
-Most kills are SIGKILL, some SIGTERM. A start is killed after a random time, drawn from the seed, so
-that compilation, training, evaluation, saving and the report are all hit; whatever is left starts
-again with the same command. At the end parameters, statistics and optimiser state must be those of
-the undisturbed run, bit for bit, and the log must tell of the same steps.
+Most kills are SIGKILL, some SIGTERM. Each comes after a random time, drawn from the seed, so that
+they hit compilation, training, evaluation, saving and the report. Then the same command starts the
+run again. At the end, parameters, statistics and optimiser state must equal those of the
+undisturbed run, bit for bit, and the log must show the same steps.
 """
 
 import argparse
@@ -51,20 +51,20 @@ def final(workdir):
 def main():
     """Reads the command line, runs both, compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     work = given.out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    # Compiled programmes are kept between starts, so that a start is seconds.
+    # Compiled programs are kept between starts, so that a start takes seconds.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str((work / "cache").absolute())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     draw = random.Random(given.seed)
     with (work / "log.txt").open("a") as log:
         begun = time.monotonic()
         assert start(work / "whole", log).wait() == 0
-        begun = time.monotonic()  # again, with programmes compiled: how long a start takes
+        begun = time.monotonic()  # again, with programs compiled: how long a start takes
         shutil.rmtree(work / "whole")
         assert start(work / "whole", log).wait() == 0
         usual = time.monotonic() - begun

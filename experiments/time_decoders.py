@@ -1,11 +1,11 @@
-"""Times JPEG decoders, one core each: from the bytes of a file to a crop of 224 x 224.
+"""Times JPEG decoders on one core: from the bytes of a file to a crop of 224 x 224.
 
     python experiments/time_decoders.py --out experiments/results/decoders --jpegs 200 --rounds 5
 
-Pictures are made here (make_jpegs.py: 500 x 375, 108 kB, ImageNet's average); they are no
+The script makes the pictures (make_jpegs.py: 500 x 375, 108 kB, ImageNet's average). They are no
 photographs, but cost a decoder what files of that size cost. Decoders take turns within each round,
-so that ratios hold on a busy machine; the best round of each counts. What is not installed is left
-out:
+so that ratios hold on a busy machine. The best round of each decoder counts. Decoders that are not
+installed are left out:
 
     pip install simplejpeg PyTurboJPEG opencv-python-headless pyvips pyvips-binary
 """

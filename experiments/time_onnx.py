@@ -1,9 +1,9 @@
-"""ONNX exports in onnxruntime against their float32 twin, in one run.
+"""Times ONNX exports in onnxruntime against the full-precision float32 baseline, in one run.
 
     python experiments/time_onnx.py --json experiments/results/onnx_speed/results.json
 
-The networks take turns, one call each, so that a busy machine slows all alike. Weights are random:
-time does not depend on them.
+The networks take turns, one call each, so that a busy machine slows all alike. Weights are random,
+because time does not depend on them.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 
 import bitmixer_jax as bm
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import deploy
+from bitmixer_jax.export.integer_model import to_integer_model
 from bitmixer_jax.export.onnx_builder import Builder, finish, head, oihw, real_ops
 from bitmixer_jax.export.onnx_graph import policy_model, save_onnx, switchable_model
 from bitmixer_jax.export.onnx_int8 import int8_model, stream_ranges
@@ -26,7 +26,7 @@ from bitmixer_jax.files import check_new
 
 
 def network(name, ends):
-    """A deployed network of random weights."""
+    """An integer model of random weights."""
     model = bm.create_model(name, num_classes=1000, ends=ends)
     images = np.random.default_rng(0).normal(size=(1, *model.image_shape)).astype(np.float32)
     widest = (model.space.widest,) * model.num_layers
@@ -38,13 +38,13 @@ def network(name, ends):
     )
     classes = tuple(map(str, range(1000)))
     moments = dict(mean=[120.0] * 3, std=[60.0] * 3)
-    return deploy(model, variables, **moments, classes=classes, network="random")
+    return to_integer_model(model, variables, **moments, classes=classes, weights_digest="random")
 
 
-def float_twin(deployed):
+def baseline(integer_model):
     """The same network in float32: convolutions with bias, nothing quantised."""
     b, rng = Builder(), np.random.default_rng(0)
-    layers = {layer.info.name: layer for layer in deployed.layers}
+    layers = {layer.info.name: layer for layer in integer_model.layers}
 
     def conv(x, info, name):
         shape = info.shape
@@ -58,12 +58,12 @@ def float_twin(deployed):
 
     ops = {
         **real_ops(b),
-        "stem": lambda node, x: conv(x, deployed.stem.info, "stem"),
+        "stem": lambda node, x: conv(x, integer_model.stem.info, "stem"),
         "layer": layer,
-        "head": lambda node, x: head(b, deployed, x),
+        "head": lambda node, x: head(b, integer_model, x),
     }
-    widest = np.full(len(deployed.layers), deployed.space.widest)
-    return finish(b, deployed, ops, opset=19, policy=widest, form="float32")
+    widest = np.full(len(integer_model.layers), integer_model.space.widest)
+    return finish(b, integer_model, ops, opset=19, policy=widest, form="float32")
 
 
 def main():
@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the result there")
     given = parser.parse_args()
     if given.json:
         check_new(given.json, "--json")
@@ -83,7 +83,7 @@ def main():
     some = rng.integers(256, size=(4, *real.image_shape), dtype=np.uint8)
     layers = len(real.layers)
     mixed = rng.choice(real.space.choices, layers).astype(np.int32)
-    models = {"float32": float_twin(real)}
+    models = {"float32": baseline(real)}
     policies = {"4 bits": np.full(layers, 4, np.int32), "mixed": mixed}
     for name, policy in policies.items():
         ranges = stream_ranges(real, policy, some)

@@ -1,10 +1,10 @@
-"""Policies x images per second: 64 policies in one compiled call against one policy at a time.
+"""Times 64 policies in one compiled call, and one at a time: policies x images a second.
 
     python experiments/time_policies.py --workdir runs/net20-s0 --json out.json
 
-The gain is what a call costs besides its arithmetic, so it shrinks as images grow more. The
-float twin, which quantises nothing and has one plain batch norm, bounds what batching can give:
-its convolutions are of the same size.
+One call saves what a call costs besides its arithmetic, so the gain shrinks with more images. The
+full-precision baseline quantises nothing and has one plain batch norm. Its convolutions have the
+same size, so its rate bounds what batching can give.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 
 from bitmixer_jax import data as datasets
 from bitmixer_jax.evaluation import Evaluator, random_policies
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 
 POLICIES = 64
 
@@ -40,13 +40,14 @@ def main():
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--images", type=int, nargs="+", default=[16, 64, 256, 1024])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--data_dir")
-    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--data_dir", help="where the data are")
+    parser.add_argument("--json", type=pathlib.Path, help="write the result there")
     given = parser.parse_args()
-    run, model, variables = load_trained(given.workdir)
+    loaded = load(given.workdir)
+    run, model, variables = loaded.run, loaded.model, loaded.variables
     variables = jax.device_put(variables, jax.local_devices()[0])
     policies = random_policies(model, POLICIES, 0)
-    float_model = model.float_twin()
+    float_model = model.baseline()
     float_variables = jax.jit(partial(float_model.init, bits=None, train=False))(
         jax.random.key(0), np.zeros((1, *model.image_shape), np.float32)
     )
@@ -68,14 +69,14 @@ def main():
             elapsed = seconds(evaluator, variables, policies, given.repeats)
             rates[name] = POLICIES * images / elapsed
         evaluator = Evaluator(float_model, some, data.mean, data.std, policies=1)
-        rates["float twin"] = (
+        rates["baseline"] = (
             POLICIES * images / seconds(evaluator, float_variables, policies, given.repeats)
         )
         rows.append({"images": images, **rates, "ratio": rates["batch"] / rates["one by one"]})
         print(
             f"{images:5d} images: one by one {rates['one by one']:9.0f}, in one call "
             f"{rates['batch']:9.0f} policies x images/s, ratio {rows[-1]['ratio']:.2f}; "
-            f"float twin {rates['float twin']:9.0f}",
+            f"baseline {rates['baseline']:9.0f}",
             flush=True,
         )
     if given.json:

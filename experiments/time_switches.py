@@ -1,9 +1,9 @@
-"""What a switch of policy costs: calls with a switch before them against calls without one.
+"""Times a switch of policy: calls after a switch against calls without one.
 
     python experiments/time_switches.py --workdir runs/digits --json out.json
 
 Both kinds take turns in one run, so that a busy machine slows both alike. The time of a call with a
-switch is that of the switch and the call. The switches go round 32 random policies.
+switch is that of the switch and the call. The switches cycle through 32 random policies.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main():
     parser.add_argument("--workdir", required=True, metavar="DIR[@STAGE]")
     parser.add_argument("--calls", type=int, default=1000, help="of each kind (default 1000)")
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8, 64], help="of a call")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the result there")
     given = parser.parse_args()
     if given.calls < 1:
         raise UserError(f"--calls {given.calls}: give 1 or more")

@@ -73,7 +73,7 @@ def trained(stored_runs):
 
 @pytest.fixture(scope="session")
 def trained_float(stored_runs):
-    """Workdir of a tiny float twin: 8 steps."""
+    """Workdir of a tiny full-precision baseline: 8 steps."""
     return stored_runs / "float"
 
 

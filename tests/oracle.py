@@ -7,7 +7,7 @@ d = h - b, u = v / (step in use). Nothing here imports the library.
 import numpy as np
 
 SPACES = ((2, 3, 4), (2, 4, 8), (3, 5), (4,), (2, 3, 4, 5, 6, 7, 8))
-KINDS = ("floor", "double", "independent")
+WEIGHT_QUANTIZERS = ("floor", "double", "independent")
 
 
 def limits(bits, signed):

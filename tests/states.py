@@ -5,19 +5,20 @@ import signal
 import jax
 import numpy as np
 
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 from bitmixer_jax.training.checkpoints import Checkpoints
-from bitmixer_jax.training.claims import read_config
 from bitmixer_jax.training.metrics import Metrics
-from bitmixer_jax.training.plan import make_plan
+from bitmixer_jax.training.schedule import make_schedule
+from bitmixer_jax.training.workdir import read_config
 
 
 def newest_state(workdir):
     """The newest state of a run, whole: parameters, statistics, optimiser, average."""
-    run, model, _ = load_trained(workdir)
-    plan = make_plan(run, model, read_config(workdir)["made_for"]["examples"])
+    loaded = load(workdir)
+    run, model = loaded.run, loaded.model
+    schedule = make_schedule(run, model, read_config(workdir)["dataset_info"]["examples"])
     checkpoints = Checkpoints(workdir, read_only=True)
-    state = checkpoints.restore(plan.abstract_state())
+    state = checkpoints.restore(schedule.abstract_state())
     checkpoints.close()
     return state
 

@@ -12,11 +12,11 @@ import pytest
 
 from bitmixer_jax import controller as module
 from bitmixer_jax import data
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.controller import Controller
-from bitmixer_jax.errors import UserError
 from bitmixer_jax.front import Front, Point
+from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.runtime import Runtime
+from tests.refusals import refused
 
 NAMES = ("conv1", "conv2", "conv3")
 POINTS = (
@@ -32,7 +32,7 @@ class Stub:
 
     names = NAMES
     space = BitSpace((2, 3, 4))
-    network = "0123abcd"
+    weights_digest = "0123abcd"
 
     def __init__(self):
         self.ran = []
@@ -52,7 +52,7 @@ def front(**changes):
         choices=(2, 3, 4),
         cost="bitops",
         unit="BitOPs",
-        network="0123abcd",
+        weights_digest="0123abcd",
     )
     return dataclasses.replace(made, **changes)
 
@@ -156,7 +156,7 @@ def test_it_never_spends_more_than_the_budget_and_never_moves_up_without_room(hy
 
 @pytest.mark.parametrize("hysteresis", [-0.01, 1, 1.5, math.nan, math.inf, "0.1", None, True])
 def test_hysteresis_that_is_no_fraction_is_refused(hysteresis):
-    with pytest.raises(UserError, match=r"hysteresis: got .*; give a fraction"):
+    with refused("bad-value", "hysteresis", repr(hysteresis)):
         Controller(Stub(), front(), 100, hysteresis=hysteresis)
 
 
@@ -175,8 +175,8 @@ def test_below_every_point_it_runs_the_cheapest_and_says_so(warnings, budget):
     assert chosen == [MIDDLE, CHEAP, CHEAP, CHEAP]
     assert [switch.fits for switch in controller.switches] == [True, False]
     (said,) = warnings()
-    assert f"budget {budget:g} BitOPs is below every point" in said
-    assert "running the cheapest, at 100" in said
+    assert f"{budget:g} BitOPs" in said
+    assert f"{CHEAP.cost:g}" in said
 
 
 def test_it_warns_once_per_spell(warnings):
@@ -266,13 +266,12 @@ BAD = [math.nan, np.float64("nan"), True, np.bool_(True), None, "100", [100], 1j
 
 @pytest.mark.parametrize("budget", BAD, ids=str)
 def test_a_budget_that_is_no_number_is_refused(budget):
-    with pytest.raises(UserError, match=r"budget: got .*; give a number in BitOPs") as caught:
+    with refused("bad-value", "budget", repr(budget), "BitOPs"):
         Controller(Stub(), front(), budget)
-    assert len(str(caught.value).splitlines()) == 1
     budgets = iter([400, budget, 400])
     controller = Controller(Stub(), front(), lambda: next(budgets))
     controller.choose()
-    with pytest.raises(UserError, match=r"budget: got .*; give a number in BitOPs"):
+    with refused("bad-value", "budget", repr(budget), "BitOPs"):
         controller.predict(np.zeros((1, 1)))
     assert controller.point == BEST
     assert controller.choose() == BEST
@@ -293,23 +292,23 @@ def test_an_error_of_the_callers_function_is_passed_on():
     [
         ({"names": ("conv1", "conv2", "conv4")}, "layers"),
         ({"choices": (2, 4)}, "widths"),
-        ({"network": "4567cdef"}, "weights"),
+        ({"weights_digest": "4567cdef"}, "weights"),
     ],
 )
 def test_a_front_of_another_network_is_refused(changes, what):
-    with pytest.raises(UserError, match=f"a front of another network: its {what} differ"):
+    with refused("other-network", what):
         Controller(Stub(), front(**changes), 100)
 
 
 @pytest.mark.parametrize("points", [(), POINTS[::-1], (CHEAP, CHEAP)])
 def test_a_front_out_of_order_is_refused(points):
-    with pytest.raises(UserError, match="no points, or not by ascending cost"):
+    with refused("bad-value"):
         Controller(Stub(), front(points=points), 100)
 
 
 def test_a_policy_that_cannot_run_is_refused_at_once():
     wrong = dataclasses.replace(BEST, widths=(4, 4, 5))
-    with pytest.raises(UserError, match="policy: width 5"):
+    with refused("policy-width", 5, (2, 3, 4)):
         Controller(Stub(), front(points=(CHEAP, wrong)), 100)
 
 
@@ -321,7 +320,9 @@ def real_front(runtime, *policies):
         Point(widths=tuple(policy), cost=100.0 * (i + 1), loss=1 / (i + 1), top1=0.5)
         for i, policy in enumerate(policies)
     )
-    network = dict(names=runtime.names, choices=runtime.space.choices, network=runtime.network)
+    network = dict(
+        names=runtime.names, choices=runtime.space.choices, weights_digest=runtime.weights_digest
+    )
     return front(points=points, **network)
 
 
@@ -336,13 +337,13 @@ def test_a_network_follows_a_budget(trained):
         assert np.array_equal(found, runtime.predict(images, policies[place]))
     assert runtime.policy.tolist() == [4] * 6  # a controller leaves the policy in force alone
     assert runtime.traces == 1
-    other = dataclasses.replace(controller.front, network="0" * 64)
-    with pytest.raises(UserError, match="its weights differ"):
+    other = dataclasses.replace(controller.front, weights_digest="0" * 64)
+    with refused("other-network", "weights"):
         Controller(runtime, other, 100)
 
 
 def test_a_front_with_pairs_never_visited_is_refused(trained):
     young = Runtime.load(f"{trained}@weights", batch_size=1)
     Controller(young, real_front(young, [2] * 6, [4] * 6), 100)
-    with pytest.raises(UserError, match="never visited"):
+    with refused("uncalibrated", [4, 3, 4, 3, 4, 3], "4->3"):
         Controller(young, real_front(young, [2] * 6, [4, 3, 4, 3, 4, 3]), 100)

@@ -10,6 +10,7 @@ import pytest
 import bitmixer_jax as bm
 from bitmixer_jax.layers import QuantActivation, QuantLayer
 from bitmixer_jax.models import MODELS
+from tests.refusals import refused
 
 SPACE = bm.BitSpace((2, 3, 4))
 EVERY = pytest.mark.parametrize("name", MODELS)
@@ -45,7 +46,7 @@ def test_the_layer_table_describes_the_variables(name):
         for kernel in layer.kernels:
             assert held[kernel.name]["kernel"].shape == kernel.shape
             assert held[kernel.name]["step"].shape == (1,)
-            table = (1 if layer.previous < 0 else 3, 3)
+            table = (1 if layer.predecessor < 0 else 3, 3)
             for leaf in ("scale", "bias"):
                 assert held[f"{kernel.name}_norm"][leaf].shape == (*table, kernel.shape[-1])
             tables = stats[layer.name][f"{kernel.name}_norm"]
@@ -69,7 +70,7 @@ def test_the_layer_table_describes_what_each_layer_takes_and_gives(name):
 def test_layers_have_names_of_their_own_and_stand_in_the_order_of_the_data(name):
     model, _ = shapes(name)
     assert len(set(model.names)) == model.num_layers == len(model.layers)
-    assert [layer.previous for layer in model.layers] == list(range(-1, model.num_layers - 1))
+    assert [layer.predecessor for layer in model.layers] == list(range(-1, model.num_layers - 1))
     blocks = [layer.block for layer in model.layers]
     assert blocks[0] == 0
     assert set(np.diff(blocks)) <= {0, 1}
@@ -88,7 +89,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize(("name", "classes"), PARAMETERS)
-def test_the_float_twin_has_the_parameters_of_the_published_network(name, classes):
+def test_the_baseline_has_the_parameters_of_the_published_network(name, classes):
     model, variables = shapes(name)
     total = sum(np.prod(k.shape) for layer in model.layers for k in layer.kernels)
     channels = sum(k.shape[-1] for layer in model.layers for k in layer.kernels)
@@ -149,5 +150,5 @@ def test_groups_join_the_layers_of_a_block():
     assert model.groups() == (0, 1, 2, 3, 4, 5)
     assert model.groups("block") == (0, 0, 1, 1, 2, 2)
     assert shapes("mobilenetv2")[0].groups("block")[:6] == (0, 0, 1, 1, 1, 2)
-    with pytest.raises(bm.UserError, match=r"'stage'.*block"):
+    with refused("bad-value", "'stage'", "layer", "block"):
         model.groups("stage")

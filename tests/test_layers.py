@@ -1,4 +1,4 @@
-"""Layers: transitional batch norm, quantised convolution and dense layer, the float twin."""
+"""Layers: transitional batch norm, quantised convolution and dense layer, the baseline."""
 
 import dataclasses
 import functools
@@ -9,22 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitmixer_jax.bits import BitSpace
-from bitmixer_jax.errors import UserError
 from bitmixer_jax.layer_table import LayerInfo, conv_info
 from bitmixer_jax.layers import (
     QuantActivation,
+    QuantConfig,
     QuantConv,
     QuantDense,
-    Quantization,
     QuantLayer,
     TransitionalBatchNorm,
     fold,
 )
+from bitmixer_jax.policy import BitSpace
 from tests import oracle
+from tests.refusals import refused
 
 SPACE = BitSpace((2, 3, 4))
-QUANT = Quantization(space=SPACE)
+QUANT = QuantConfig(space=SPACE)
 
 
 def normal(*shape, seed=0):
@@ -45,28 +45,28 @@ def scrambled(variables, seed=0):
     return jax.tree_util.tree_map_with_path(other, variables)
 
 
-# --- Quantization ---
+# --- QuantConfig ---
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "code", "mentions"),
     [
-        ({"weight_kind": "flor"}, "weight quantiser.*'flor'.*floor"),
-        ({"norm": "batch"}, "norm.*'batch'.*per_width"),
-        ({"compute_dtype": "float16"}, "compute_dtype.*bfloat16"),
-        ({"activations": False, "weights": True}, "weights without activations"),
+        ({"weight_quantizer": "flor"}, "bad-value", ("'flor'", "floor")),
+        ({"norm": "batch"}, "bad-value", ("norm", "'batch'", "per_width")),
+        ({"compute_dtype": "float16"}, "bad-value", ("compute_dtype", "'float16'", "bfloat16")),
+        ({"activations": False, "weights": True}, "conflict", ()),
     ],
 )
-def test_quantization_refuses_settings_it_does_not_know(settings, message):
-    with pytest.raises(UserError, match=message):
-        Quantization(**settings)
+def test_quantization_refuses_settings_it_does_not_know(settings, code, mentions):
+    with refused(code, *mentions):
+        QuantConfig(**settings)
 
 
-def test_the_float_twin_quantises_nothing_and_keeps_the_rest():
-    quant = Quantization(space=SPACE, momentum=0.7, weight_kind="double")
-    twin = quant.float_twin()
-    assert (twin.activations, twin.weights, twin.space, twin.n) == (False, False, None, 1)
-    assert (twin.momentum, twin.weight_kind) == (0.7, "double")
+def test_the_baseline_quantises_nothing_and_keeps_the_rest():
+    quant = QuantConfig(space=SPACE, momentum=0.7, weight_quantizer="double")
+    plain = quant.baseline()
+    assert (plain.activations, plain.weights, plain.space, plain.n) == (False, False, None, 1)
+    assert (plain.momentum, plain.weight_quantizer) == (0.7, "double")
 
 
 # --- transitional batch norm ---
@@ -76,13 +76,13 @@ TABLE = (3, 3, 5)  # [P, n, C]
 
 @pytest.fixture(scope="module")
 def tbn():
-    """``tbn(variables, sums, step, previous, index)``: one training step, indices traced."""
-    norm = TransitionalBatchNorm(QUANT, previous=3)
+    """``tbn(variables, sums, step, predecessor, index)``: one training step, indices traced."""
+    norm = TransitionalBatchNorm(QUANT, predecessor_widths=3)
 
     @jax.jit
-    def step(variables, sums, step, previous, index):
+    def step(variables, sums, step, predecessor, index):
         return norm.apply(
-            variables, sums, step, previous, index, train=True, mutable=["batch_stats"]
+            variables, sums, step, predecessor, index, train=True, mutable=["batch_stats"]
         )
 
     return step
@@ -90,7 +90,7 @@ def tbn():
 
 @functools.cache
 def tbn_variables():
-    norm = TransitionalBatchNorm(QUANT, previous=3)
+    norm = TransitionalBatchNorm(QUANT, predecessor_widths=3)
     return scrambled(norm.init(jax.random.key(0), normal(4, 3, 3, 5), None, 0, 0, False))
 
 
@@ -103,7 +103,7 @@ def test_the_tables_hold_one_slice_for_each_pair_of_widths():
 
 
 def test_evaluation_uses_the_slice_of_its_pair():
-    norm, x = TransitionalBatchNorm(QUANT, previous=3), np.asarray(normal(4, 3, 3, 5))
+    norm, x = TransitionalBatchNorm(QUANT, predecessor_widths=3), np.asarray(normal(4, 3, 3, 5))
     variables = tbn_variables()
     for pair in ((0, 0), (0, 2), (2, 0), (1, 2)):
         found = norm.apply(variables, x, None, *pair, train=False)
@@ -160,7 +160,9 @@ def test_the_step_multiplies_the_sums_before_they_are_normalised(tbn):
 
 
 def test_statistics_over_devices_are_those_of_the_whole_batch(tbn):
-    spread = TransitionalBatchNorm(dataclasses.replace(QUANT, axis_name="device"), previous=3)
+    spread = TransitionalBatchNorm(
+        dataclasses.replace(QUANT, axis_name="device"), predecessor_widths=3
+    )
     x = normal(2, 4, 3, 3, 5)
 
     def step(x):
@@ -185,12 +187,18 @@ def test_fold_is_batch_norm_as_one_multiplier_and_one_offset():
     np.testing.assert_allclose(multiplier * sums + offset, expected, rtol=1e-4)
 
 
-# --- the float twin is flax ---
+# --- the baseline is flax ---
 
 CONV = conv_info("conv", (6, 6, 3), 5, kernel=3, strides=2)
 SHORTCUT = conv_info("shortcut", (6, 6, 3), 7, kernel=1, strides=2)
 LAYER = LayerInfo(
-    name="layer", kind="conv", kernels=(CONV,), previous=0, block=0, signed=False, input=(6, 6, 3)
+    name="layer",
+    kind="conv",
+    kernels=(CONV,),
+    predecessor=0,
+    block=0,
+    signed=False,
+    input=(6, 6, 3),
 )
 BOTH_KERNELS = dataclasses.replace(LAYER, kernels=(CONV, SHORTCUT))
 
@@ -204,9 +212,9 @@ class Plain(nn.Module):
         return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, name="conv_norm")(x)
 
 
-def twin_variables():
-    """Of the float twin of the layer, and the same for flax."""
-    layer = QuantLayer(LAYER, QUANT.float_twin())
+def baseline_variables():
+    """Of the baseline of the layer, and the same for flax."""
+    layer = QuantLayer(LAYER, QUANT.baseline())
     variables = scrambled(layer.init(jax.random.key(0), normal(4, 6, 6, 3), 0, 0, False))
     flat = {
         group: jax.tree.map(lambda leaf: leaf[0, 0] if leaf.ndim == 3 else leaf, tree)
@@ -216,23 +224,23 @@ def twin_variables():
     return layer, variables, flat
 
 
-def test_the_float_twin_has_no_step_sizes_and_one_norm():
-    _, variables, _ = twin_variables()
+def test_the_baseline_has_no_step_sizes_and_one_norm():
+    _, variables, _ = baseline_variables()
     assert jax.tree.map(jnp.shape, variables["params"]) == {
         "conv": {"kernel": (3, 3, 3, 5)},
         "conv_norm": {"scale": (1, 1, 5), "bias": (1, 1, 5)},
     }
 
 
-def test_the_float_twin_evaluates_like_flax():
-    layer, variables, flat = twin_variables()
+def test_the_baseline_evaluates_like_flax():
+    layer, variables, flat = baseline_variables()
     x = normal(4, 6, 6, 3, seed=1)
     (found,) = layer.apply(variables, x, 0, 0, train=False)
     np.testing.assert_allclose(found, Plain().apply(flat, x, train=False), atol=1e-5)
 
 
-def test_the_float_twin_trains_like_flax():
-    layer, variables, flat = twin_variables()
+def test_the_baseline_trains_like_flax():
+    layer, variables, flat = baseline_variables()
     # After many visits the running average is exponential, as that of flax is from the start.
     variables["batch_stats"]["conv_norm"]["count"] = jnp.full((1, 1), 100)
     x, r = normal(4, 6, 6, 3, seed=1), normal(4, 3, 3, 5, seed=2)
@@ -265,8 +273,8 @@ def test_the_float_twin_trains_like_flax():
 
 
 @functools.cache
-def layer_variables(weight_kind="floor", info=LAYER):
-    layer = QuantLayer(info, dataclasses.replace(QUANT, weight_kind=weight_kind))
+def layer_variables(weight_quantizer="floor", info=LAYER):
+    layer = QuantLayer(info, dataclasses.replace(QUANT, weight_quantizer=weight_quantizer))
     return scrambled(layer.init(jax.random.key(0), oracle.relu(normal(4, 6, 6, 3)), 0, 0, False))
 
 
@@ -284,9 +292,9 @@ def by_hand(variables, x, kernel, stride, pair, kind):
     return oracle.normalise(y, params[norm], variables["batch_stats"][norm], pair)
 
 
-@pytest.mark.parametrize("kind", oracle.KINDS)
+@pytest.mark.parametrize("kind", oracle.WEIGHT_QUANTIZERS)
 def test_a_layer_is_quantise_convolve_normalise(kind):
-    layer = QuantLayer(LAYER, dataclasses.replace(QUANT, weight_kind=kind))
+    layer = QuantLayer(LAYER, dataclasses.replace(QUANT, weight_quantizer=kind))
     x, variables = oracle.relu(normal(4, 6, 6, 3)), layer_variables(kind)
     for pair in ((0, 0), (2, 1), (1, 2)):
         (found,) = layer.apply(variables, x, *pair, train=False)
@@ -306,7 +314,7 @@ def test_a_shortcut_kernel_shares_the_input_codes_and_the_pair_of_its_layer():
 
 
 def test_a_layer_after_the_stem_and_one_with_per_width_norm_have_no_previous_width():
-    first = dataclasses.replace(LAYER, previous=-1)
+    first = dataclasses.replace(LAYER, predecessor=-1)
     per_width = dataclasses.replace(QUANT, norm="per_width")
     x = normal(4, 6, 6, 3)
     for layer in (QuantLayer(first, QUANT), QuantLayer(LAYER, per_width)):
@@ -317,13 +325,13 @@ def test_a_layer_after_the_stem_and_one_with_per_width_norm_have_no_previous_wid
         assert variables["batch_stats"]["conv_norm"]["count"].shape == (1, 3)
 
 
-@pytest.mark.parametrize("kind", oracle.KINDS)
+@pytest.mark.parametrize("kind", oracle.WEIGHT_QUANTIZERS)
 def test_bfloat16_operands_give_the_very_sums_of_float32(kind):
     space = BitSpace((2, 8))
     x = oracle.relu(normal(4, 6, 6, 3))
     sums = {}
     for dtype in ("float32", "bfloat16"):
-        quant = Quantization(space=space, weight_kind=kind, compute_dtype=dtype)
+        quant = QuantConfig(space=space, weight_quantizer=kind, compute_dtype=dtype)
         conv = QuantConv(quant, features=5)
         for index in (0, 1):
             act = QuantActivation(quant)
@@ -338,7 +346,7 @@ def test_bfloat16_operands_give_the_very_sums_of_float32(kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_real_kernels_of_stage_1_are_convolved_in_float32(dtype):
-    quant = Quantization(space=SPACE, weights=False, compute_dtype=dtype)
+    quant = QuantConfig(space=SPACE, weights=False, compute_dtype=dtype)
     codes = np.round(4 * oracle.relu(normal(4, 6, 6, 3)))
     conv = QuantConv(quant, features=5)
     (sums, scale), variables = conv.init_with_output(jax.random.key(0), codes, jnp.float32(2), 0)

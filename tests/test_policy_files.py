@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import bitmixer_jax as bm
-from bitmixer_jax.bits import parse_changes, parse_policy, with_widths
+from bitmixer_jax.policy import parse_changes, parse_policy, with_widths
+from tests.refusals import refused
 
 SPACE = bm.BitSpace((2, 3, 4))
 NAMES = ("stage1.conv1", "stage1.conv2", "stage2.conv1")
@@ -36,7 +37,7 @@ def test_a_policy_file_reads_back(saved):
 def test_a_width_changed_in_the_file_is_noticed_by_its_checksum(saved):
     path = saved()
     path.write_text(path.read_text().replace(": 4", ": 2"))
-    with pytest.raises(bm.UserError, match='remove its line "sha256"'):
+    with refused("damaged", path, '"sha256"'):
         bm.load_policy(path, NAMES, SPACE)
 
 
@@ -68,7 +69,7 @@ def test_a_policy_file_may_list_its_layers_in_any_order(saved):
 
 def test_an_unknown_layer_name_brings_up_the_nearest(saved):
     path = saved(layers={"stage1.conv1": 4, "stage1.covn2": 3, "stage2.conv1": 2})
-    with pytest.raises(bm.UserError, match=r"unknown layer 'stage1.covn2'.* stage1.conv2"):
+    with refused("unknown-name", path, "'stage1.covn2'", "did you mean stage1.conv2"):
         bm.load_policy(path, NAMES, SPACE)
 
 
@@ -76,39 +77,38 @@ FULL = dict.fromkeys(NAMES, 4)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "code", "mentions"),
     [
-        ({"layers": {"stage1.conv1": 4}}, r"no width for layer 'stage1.conv2' \(2 missing\)"),
-        ({"choices": [2, 4, 8]}, r"made for widths \[2, 4, 8\].*\[2, 3, 4\]"),
-        ({"version": 2}, "version 2"),
-        ({"version": None}, "version None"),
-        ({"format": "other"}, "not a policy file"),
-        ({"layers": [4, 3, 2]}, '"layers" must map'),
-        ({"layers": {**FULL, "stage1.conv1": True}}, "whole numbers"),
-        ({"layers": {**FULL, "stage1.conv1": 3.0}}, "whole numbers"),
-        ({"layers": {**FULL, "stage1.conv1": "3"}}, "whole numbers"),
-        ({"layers": {**FULL, "stage1.conv1": 5}}, "width 5"),
+        ({"layers": {"stage1.conv1": 4}}, "other-network", ("'stage1.conv2'", 2)),
+        ({"choices": [2, 4, 8]}, "other-network", ([2, 4, 8], [2, 3, 4])),
+        ({"version": 2}, "wrong-format", (2, 1)),
+        ({"version": None}, "wrong-format", (None, 1)),
+        ({"format": "other"}, "wrong-format", ('"bitmixer-policy"',)),
+        ({"layers": [4, 3, 2]}, "damaged", ('"layers"',)),
+        ({"layers": {**FULL, "stage1.conv1": True}}, "damaged", ((2, 3, 4),)),
+        ({"layers": {**FULL, "stage1.conv1": 3.0}}, "damaged", ((2, 3, 4),)),
+        ({"layers": {**FULL, "stage1.conv1": "3"}}, "damaged", ((2, 3, 4),)),
+        ({"layers": {**FULL, "stage1.conv1": 5}}, "policy-width", (5, (2, 3, 4))),
     ],
 )
-def test_a_policy_file_that_does_not_fit_is_refused_with_its_path(saved, values, message):
+def test_a_policy_file_that_does_not_fit_is_refused_with_its_path(saved, values, code, mentions):
     path = saved(**values)
-    with pytest.raises(bm.UserError, match=message) as caught:
+    with refused(code, path, *mentions):
         bm.load_policy(path, NAMES, SPACE)
-    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'"text"', b"[" * 100_000])
 def test_a_file_that_is_no_policy_is_refused(tmp_path, content):
     path = tmp_path / "policy.json"
     path.write_bytes(content)
-    with pytest.raises(bm.UserError, match="not a policy file"):
+    with refused("wrong-format", path):
         bm.load_policy(path, NAMES, SPACE)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    with pytest.raises(bm.UserError, match="no such policy file"):
+    with refused("no-such-file", tmp_path / "none.json"):
         bm.load_policy(tmp_path / "none.json", NAMES, SPACE)
-    with pytest.raises(bm.UserError, match="not a policy file"):
+    with refused("not-readable", tmp_path):
         bm.load_policy(tmp_path, NAMES, SPACE)
 
 
@@ -116,7 +116,7 @@ def test_save_does_not_overwrite_another_policy_unasked(tmp_path):
     path = tmp_path / "policy.json"
     bm.save_policy(path, [4, 3, 2], NAMES, SPACE)
     bm.save_policy(path, [4, 3, 2], NAMES, SPACE)  # the same content again is no loss
-    with pytest.raises(bm.UserError, match="already"):
+    with refused("exists", path):
         bm.save_policy(path, [2, 2, 2], NAMES, SPACE)
     assert bm.load_policy(path, NAMES, SPACE).tolist() == [4, 3, 2]
     bm.save_policy(path, [2, 2, 2], NAMES, SPACE, overwrite=True)
@@ -126,14 +126,17 @@ def test_save_does_not_overwrite_another_policy_unasked(tmp_path):
 def test_save_does_not_overwrite_a_file_that_is_not_text(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(b"\x89PNG\xff")
-    with pytest.raises(bm.UserError, match="already"):
+    with refused("exists", path):
         bm.save_policy(path, [4, 3, 2], NAMES, SPACE)
     assert path.read_bytes() == b"\x89PNG\xff"
 
 
-@pytest.mark.parametrize("policy", [[4, 3], [4, 3, 7], [4.0, 3.0, 2.0]])
-def test_save_refuses_a_policy_that_does_not_fit_and_writes_nothing(tmp_path, policy):
-    with pytest.raises(bm.UserError):
+@pytest.mark.parametrize(
+    ("policy", "code"),
+    [([4, 3], "policy-length"), ([4, 3, 7], "policy-width"), ([4.0, 3.0, 2.0], "policy-form")],
+)
+def test_save_refuses_a_policy_that_does_not_fit_and_writes_nothing(tmp_path, policy, code):
+    with refused(code):
         bm.save_policy(tmp_path / "policy.json", policy, NAMES, SPACE)
     assert list(tmp_path.iterdir()) == []
 
@@ -153,11 +156,19 @@ def test_parse_policy_reads_a_file(saved):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "5", "4,3", "4,3,7", "4,,3", "3.5", "-3", "three", "4;3;2", "9" * 30, "4 3 2 " * 50],
+    ("text", "code", "mentions"),
+    [
+        ("5", "policy-width", (5, (2, 3, 4))),
+        ("4,3", "policy-length", (2, 3)),
+        ("4,3,7", "policy-width", (7, (2, 3, 4))),
+        *(
+            (text, "policy-form", (repr(text[:80]),))
+            for text in ("", "4,,3", "3.5", "-3", "three", "4;3;2", "9" * 30, "4 3 2 " * 50)
+        ),
+    ],
 )
-def test_parse_policy_refuses_anything_else(text):
-    with pytest.raises(bm.UserError):
+def test_parse_policy_refuses_anything_else(text, code, mentions):
+    with refused(code, *mentions):
         parse_policy(text, NAMES, SPACE)
 
 
@@ -193,30 +204,32 @@ def test_with_widths_leaves_the_policy_it_was_given():
     ("name", "hint"),
     [
         ("stage1.covn2", "did you mean stage1.conv2"),
-        ("stag1.*", r"did you mean stage1\.\*"),
-        ("*.cnov1", r"did you mean .*\*\.conv1"),
-        ("stage1", "did you mean|they are stage1.conv1, ..., stage2.conv1"),
-        ("head", r"\(they are stage1.conv1, ..., stage2.conv1\)"),
-        ("", r"\(they are stage1.conv1"),
-        ("STAGE1.CONV1", "no layer is called 'STAGE1.CONV1'"),
-        ("stage1.conv[", "no layer is called"),
+        ("stag1.*", "did you mean stage1.*"),
+        ("*.cnov1", "did you mean *.conv1"),
+        ("stage1", "did you mean stage1.*"),
+        ("head", "stage1.conv1, ..., stage2.conv1"),
+        ("", "stage1.conv1, ..., stage2.conv1"),
+        ("STAGE1.CONV1", "stage1.conv1, ..., stage2.conv1"),
+        ("stage1.conv[", "did you mean stage1.conv"),
     ],
 )
 def test_with_widths_names_the_nearest_of_an_unknown_layer(name, hint):
-    with pytest.raises(bm.UserError, match=hint) as caught:
+    with refused("unknown-name", repr(name), hint):
         with_widths([4, 3, 2], {"stage2.conv1": 3, name: 2}, NAMES, SPACE)
-    assert "no layer is called" in str(caught.value)
 
 
 @pytest.mark.parametrize("width", [1, 5, 0, -2, True, 2.0, "2", None, 2**70])
 def test_with_widths_refuses_a_width_that_is_not_a_choice(width):
-    with pytest.raises(bm.UserError, match=r"stage1.\*=.*choose a width from \(2, 3, 4\)"):
+    with refused("policy-width", f"stage1.*={width!r}", (2, 3, 4)):
         with_widths([4, 3, 2], {"stage1.*": width}, NAMES, SPACE)
 
 
-@pytest.mark.parametrize("policy", [[4, 3], [4, 3, 5], [4.0, 3.0, 2.0]])
-def test_with_widths_refuses_a_policy_that_does_not_fit(policy):
-    with pytest.raises(bm.UserError, match="policy: "):
+@pytest.mark.parametrize(
+    ("policy", "code"),
+    [([4, 3], "policy-length"), ([4, 3, 5], "policy-width"), ([4.0, 3.0, 2.0], "policy-form")],
+)
+def test_with_widths_refuses_a_policy_that_does_not_fit(policy, code):
+    with refused(code):
         with_widths(policy, {"*": 2}, NAMES, SPACE)
 
 
@@ -236,19 +249,23 @@ def test_of_two_changes_of_one_name_the_later_counts_in_its_place():
     "text", ["", "=", "=3", "stage1", "stage1=", "stage1=three", "stage1=-3", "stage1=3.0", "a=3="]
 )
 def test_parse_changes_refuses_anything_else(text):
-    with pytest.raises(bm.UserError, match="write LAYER=WIDTH"):
+    with refused("bad-value", text, "stage2.block1.conv1=2"):
         parse_changes(["stage1.*=2", text])
 
 
-@pytest.mark.parametrize("number", ["1" + "0" * 400, "9" * 5000], ids=["1e400", "5000 digits"])
-def test_numbers_too_large_for_a_policy_are_refused(saved, number):
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [("1" + "0" * 400, "policy-form"), ("9" * 5000, "wrong-format")],
+    ids=["1e400", "5000 digits"],
+)
+def test_numbers_too_large_for_a_policy_are_refused(saved, number, code):
     path = saved()
     text = path.read_text()
     path.write_text(text.replace('"stage1.conv1": 4', f'"stage1.conv1": {number}'))
     assert path.read_text() != text
-    with pytest.raises(bm.UserError, match="policy"):
+    with refused(code, path):
         bm.load_policy(path, NAMES, SPACE)
-    with pytest.raises(bm.UserError):
+    with refused("policy-form", repr(number[:80])):
         parse_policy(number, NAMES, SPACE)
-    with pytest.raises(bm.UserError):
+    with refused("bad-value", "stage1.conv1="):
         parse_changes([f"stage1.conv1={number}"])

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from bitmixer_jax import quantizers
-from bitmixer_jax.bits import BitSpace
+from bitmixer_jax.policy import BitSpace
 from tests import oracle
 
 BOTH = pytest.mark.parametrize("choices", oracle.SPACES, ids=str)
-EACH = pytest.mark.parametrize("kind", oracle.KINDS)
+EACH = pytest.mark.parametrize("kind", oracle.WEIGHT_QUANTIZERS)
 SIGNED = pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
 WIDEST_STEP = np.float32(0.25)  # a power of two, so that the clip edges below are met exactly
 SHAPE = (40, 60)
@@ -263,6 +263,67 @@ def test_every_unsigned_code_of_8_bits_is_exact_in_bfloat16():
     np.testing.assert_array_equal(codes.astype(jnp.bfloat16).astype(np.float32)[0], np.arange(256))
 
 
+# --- what files and engines ask a weight quantiser ---
+
+
+@BOTH
+@EACH
+def test_stored_codes_give_the_codes_of_every_width(kind, choices):
+    quantizer, codes = quantizers.WEIGHT_QUANTIZERS[kind], all_codes(kind, choices)
+    narrow_first = [codes[bits].astype(np.int8) for bits in choices]
+    stored = np.stack(narrow_first[-1:] if quantizer.nested else narrow_first)
+    for index, expected in enumerate(narrow_first):
+        found = quantizer.codes_at(stored, index, BitSpace(choices), choices[-1])
+        np.testing.assert_array_equal(found, expected)
+        traced = quantizer.codes_at(
+            jnp.asarray(stored), jnp.int32(index), BitSpace(choices), choices[-1]
+        )
+        np.testing.assert_array_equal(traced, expected)
+
+
+@pytest.mark.parametrize("kind", ["floor", "double"])
+def test_a_width_needs_the_planes_that_its_codes_depend_on(kind):
+    quantizer, space = quantizers.WEIGHT_QUANTIZERS[kind], BitSpace((2, 4, 8))
+    widest = np.arange(-128, 128, dtype=np.int16)
+    for bits in space.choices:
+        whole = quantizer.truncate(widest, 8 - bits, 8)
+        for planes in range(bits, 9):
+            cut = quantizer.truncate(widest >> (8 - planes), planes - bits, planes)
+            assert np.array_equal(cut, whole) == (planes >= quantizer.planes(bits, space))
+
+
+@EACH
+def test_integer_codes_and_the_half_give_the_codes(kind):
+    v, steps = values((2, 3, 4)), steps_for(kind, (2, 3, 4))
+    codes, *_ = run_weights(kind, (2, 3, 4))(v, steps, 1, upstream())
+    half = quantizers.WEIGHT_QUANTIZERS[kind].half
+    np.testing.assert_array_equal(np.floor(codes) + half, codes)
+
+
+def test_planes_are_named_by_width_where_widths_are_not_nested():
+    space = BitSpace((2, 3))
+    names = {kind: q.plane_names(space) for kind, q in quantizers.WEIGHT_QUANTIZERS.items()}
+    assert names["floor"] == names["double"] == [["plane.0", "plane.1", "plane.2"]]
+    assert names["independent"] == [
+        ["plane.2bits.0", "plane.2bits.1"],
+        ["plane.3bits.0", "plane.3bits.1", "plane.3bits.2"],
+    ]
+
+
+def test_an_unknown_weight_quantiser_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown weight quantiser 'flor'; choose from floor, dou"):
+        quantizers.weight_codes(jnp.ones(3), jnp.ones(1), 0, BitSpace((2, 3)), "flor")
+
+
+def test_arguments_of_version_0_1_are_still_taken():
+    w, one = jnp.linspace(-1, 1, 9), jnp.full(1, 0.25)
+    with pytest.warns(DeprecationWarning, match=r"weight_codes\((kind|steps)=\)"):
+        old = quantizers.weight_codes(w, steps=one, index=0, space=BitSpace((2,)), kind="double")
+    new = quantizers.weight_codes(w, one, 0, BitSpace((2,)), quantizer="double")
+    for a, b in zip(old, new, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 # --- step sizes ---
 
 
@@ -284,16 +345,18 @@ def test_the_first_step_size_is_twice_the_mean_over_the_root_of_the_top_code(sig
     v = values((2, 3, 4))
     for bits in range(2, 9):
         expected = 2 * np.abs(v).mean() / np.sqrt(oracle.limits(bits, signed)[1])
-        np.testing.assert_allclose(quantizers.initial_step(v, bits, signed), expected, rtol=1e-6)
+        np.testing.assert_allclose(quantizers.init_step_size(v, bits, signed), expected, rtol=1e-6)
 
 
 def test_the_first_step_size_of_zeros_is_positive():
-    assert quantizers.initial_step(jnp.zeros(5), 4, True) > 0
+    assert quantizers.init_step_size(jnp.zeros(5), 4, True) > 0
 
 
 def test_nested_kinds_learn_one_step_and_independent_ones_one_per_width():
     space = BitSpace((2, 4, 8))
-    counts = {kind: quantizers.step_size_count(kind, space) for kind in quantizers.KINDS}
+    counts = {
+        kind: quantizers.step_size_count(kind, space) for kind in quantizers.WEIGHT_QUANTIZERS
+    }
     assert counts == {"floor": 1, "double": 1, "independent": 3}
 
 
@@ -305,11 +368,11 @@ def test_nested_kinds_learn_one_step_and_independent_ones_one_per_width():
 def test_levels_counts_each_code_from_the_lowest_to_the_highest(kind, bits):
     v = values((bits,))
     codes, *_ = run_weights(kind, (bits,))(v, steps_for(kind, (bits,)), 0, upstream())
-    counts = np.asarray(quantizers.levels(codes, bits, True))
+    counts = np.asarray(quantizers.code_histogram(codes, bits, True))
     qn, qp = oracle.limits(bits, True)
     whole = oracle.whole_codes(kind, v, WIDEST_STEP, bits, bits)
     assert counts.tolist() == [np.sum(whole == q) for q in range(qn, qp + 1)]
 
 
 def test_levels_shows_a_code_that_is_never_used():
-    assert quantizers.levels(jnp.array([0.0, 1, 1, 3]), 2, False).tolist() == [1, 2, 0, 1]
+    assert quantizers.code_histogram(jnp.array([0.0, 1, 1, 3]), 2, False).tolist() == [1, 2, 0, 1]

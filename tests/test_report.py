@@ -1,5 +1,6 @@
 """The report of a run: a summary and plots, from whatever the run left."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.report import plot_curves, table, write_report
-from bitmixer_jax.runs import evaluate_workdir, train_and_report
-from bitmixer_jax.training import load_trained
-from bitmixer_jax.training.claims import read_config
+from bitmixer_jax.evaluation import evaluate
+from bitmixer_jax.report import plot_curves, report, table, write_report
+from bitmixer_jax.trained import load
+from bitmixer_jax.training import train
 from bitmixer_jax.training.metrics import METRICS_FILE, Metrics, read_metrics
+from tests.refusals import refused
 
 
 def assert_real_plot(path):
@@ -31,9 +32,8 @@ def reported(trained, tmp_path_factory):
     """A copy of the trained run, with a report written now."""
     workdir = tmp_path_factory.mktemp("reported") / "run"
     shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("report"))
-    _, model, variables = load_trained(workdir)
-    result = evaluate_workdir(str(workdir), random=5)
-    write_report(workdir, model, variables["batch_stats"], result, read_config(workdir), None)
+    loaded = load(workdir)
+    write_report(loaded, evaluate(loaded, random=5))
     return workdir
 
 
@@ -60,21 +60,20 @@ def test_summary_names_network_data_stages_and_accuracies(reported):
 def test_report_of_a_float_twin_has_curves_and_one_accuracy(trained_float, tiny, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained_float, workdir, ignore=shutil.ignore_patterns("report"))
-    train_and_report(tiny(variant="float"), workdir)
+    report(train(tiny(variant="float"), workdir))
     assert {path.name for path in (workdir / "report").iterdir()} == {
         *("README.md", "evaluation.json", "curves.png"),
     }
     assert_real_plot(workdir / "report" / "curves.png")
-    assert "| float twin | " in (workdir / "report" / "README.md").read_text()
+    assert "| full-precision baseline | " in (workdir / "report" / "README.md").read_text()
 
 
 def test_float_twin_that_a_run_started_from_is_in_its_report(trained, tmp_path):
-    _, model, variables = load_trained(trained)
     workdir = shutil.copytree(trained, tmp_path / "run")
     result = json.loads((workdir / "report" / "evaluation.json").read_text())
-    config = read_config(workdir)
-    folder = write_report(workdir, model, variables["batch_stats"], result, config, 0.75)
-    assert "| float twin | 75.00 |" in (folder / "README.md").read_text()
+    write_report(load(workdir), result, 0.75)
+    text = (workdir / "report" / "README.md").read_text()
+    assert "| full-precision baseline | 75.00 |" in text
 
 
 def test_report_of_pairs_not_visited_yet_leaves_accuracies_out(trained, tiny, tmp_path, capsys):
@@ -84,7 +83,7 @@ def test_report_of_pairs_not_visited_yet_leaves_accuracies_out(trained, tiny, tm
         shutil.rmtree(workdir / "checkpoints" / str(step))
     saved = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps({**saved, "order": list(config.order)}))
-    train_and_report(config, workdir)
+    report(train(config, workdir))
     folder = workdir / "report"
     assert "report without accuracies: " in capsys.readouterr().out
     assert_real_plot(folder / "curves.png")
@@ -92,10 +91,10 @@ def test_report_of_pairs_not_visited_yet_leaves_accuracies_out(trained, tiny, tm
 
 
 def test_file_in_place_of_the_report_is_an_error(trained, tmp_path):
-    _, model, variables = load_trained(trained)
     (tmp_path / "report").write_text("")
-    with pytest.raises(UserError, match="report: cannot write there"):
-        write_report(tmp_path, model, variables["batch_stats"], {}, {})
+    loaded = dataclasses.replace(load(trained), folder=tmp_path)
+    with refused("not-writable", tmp_path / "report"):
+        write_report(loaded, {})
 
 
 @pytest.mark.parametrize("lines", [0, 1])
@@ -166,7 +165,7 @@ def test_record_after_a_cut_line_is_kept(tmp_path):
 
 def test_file_in_place_of_the_workdir_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write there"):
+    with refused("not-writable", tmp_path / "file"):
         Metrics(tmp_path / "file", 0)
 
 

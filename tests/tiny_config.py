@@ -1,6 +1,6 @@
 """Digits with the smallest network, for tests: steps take milliseconds."""
 
-from bitmixer_jax.training import default_config, float_config
+from bitmixer_jax.training import baseline_config, default_config
 
 
 def get_config(variant=""):
@@ -18,7 +18,7 @@ def get_config(variant=""):
     config.stages.mixed.epochs = 20.0
     config.stages.mixed.rho_start = 1.0
     if variant == "float":
-        return float_config(config, epochs=2.0)
+        return baseline_config(config, epochs=2.0)
     if variant == "raises":
         raise RuntimeError("this file is broken")
     return config

@@ -1,8 +1,9 @@
 """The command line: ``bitmixer train | evaluate | cost | search | front | export | predict ...``.
 
-Exit status: 0; 2 for a user's mistake (one line on standard error); 143 after SIGTERM and 130
-after an interrupt, once the state is saved; 75 when another process of several was lost. Heavy
-imports wait until a command runs.
+Exit status: 0 for success, 2 for a mistake of the user (one line on standard error), 143 after
+SIGTERM and 130 after an interrupt (the state of a training is saved first), and 75 if another
+process of the training was lost. JAX is imported only when a command runs, so that ``--help``
+answers at once.
 """
 
 from __future__ import annotations
@@ -13,9 +14,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from bitmixer_jax.cli import exports, policies, training
+from bitmixer_jax.cli import (
+    benchmark,
+    cost,
+    evaluate,
+    export,
+    front,
+    predict,
+    prepare,
+    search,
+    train,
+)
 from bitmixer_jax.cli.common import Parser
 from bitmixer_jax.cli.streams import Output, fill_closed
+
+# The flag that does what the message of an error with this code proposes.
+_FLAGS = {"exists": "overwrite", "uncalibrated": "recalibrate"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,23 +53,23 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    for group in (training, policies, exports):
-        group.add(command)
+    for module in (train, evaluate, cost, search, front, export, predict, prepare, benchmark):
+        module.add(command)
     return parser
 
 
 def command_line() -> None:
-    """Runs the command that the process was started with, and ends the process."""
+    """Runs the command of ``sys.argv``, and ends the process."""
     fill_closed()
-    shown = logging.StreamHandler()
-    shown.setFormatter(logging.Formatter("bitmixer: warning: %(message)s"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("bitmixer: warning: %(message)s"))
     logger = logging.getLogger("bitmixer_jax")
-    logger.addHandler(shown)
-    logger.propagate = False  # absl would show them again
+    logger.addHandler(handler)
+    logger.propagate = False  # absl would print the warnings a second time
     status = main()
     if status == 2:
-        # What went wrong was said in one line. On a full disk, threads of orbax and TensorBoard
-        # would add their tracebacks while the interpreter shuts down.
+        # The error was printed in one line. On a full disk, threads of orbax and TensorBoard would
+        # print tracebacks while the interpreter shuts down.
         os._exit(status)
     sys.exit(status)
 
@@ -63,8 +77,11 @@ def command_line() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
-    A reader that closes the pipe (``| head -1``) does not end the work. Where standard output
-    cannot be written, on a full disk for example, the work goes on and the status is 2.
+    The command goes on if a reader closes the pipe, as in ``| head -1``. It also goes on if
+    standard output cannot be written, for example on a full disk; then the status is 2.
+
+    Args:
+      argv: words of the command; None: those of ``sys.argv``.
     """
     fill_closed()
     output, errors = sys.stdout, sys.stderr
@@ -72,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             status = _run(argv)
-        except SystemExit as end:  # of --help, or of arguments that do not parse
+        except SystemExit as end:  # from --help, or from wrong arguments
             if _lost_output(sys.stdout):
                 raise SystemExit(end.code or 2) from None
             raise
@@ -84,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _lost_output(output: Output) -> bool:
-    """Returns whether text was lost, and says so."""
+    """Returns whether printed text was lost, and says so on standard error."""
     output.flush()
     if output.failure is None:
         return False
@@ -109,41 +126,43 @@ def _run(argv: Sequence[str] | None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         return arguments.run(arguments)
-    except UserError as error:
-        print(f"bitmixer: {one_line(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("bitmixer: interrupted; the same command goes on where it can", file=sys.stderr)
+        print("bitmixer: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+    except UserError as error:
+        flag = _FLAGS.get(error.code, "")
+        text = f"{error} (--{flag})" if getattr(arguments, flag, None) is False else str(error)
     except (OSError, MemoryError) as error:
-        print(f"bitmixer: {one_line(_machine_error(error))}", file=sys.stderr)
-        return 2
+        text = _machine_error(error)
     except (RuntimeError, AssertionError) as error:
-        if (text := _backend_error(error)) is None:
+        text = _backend_error(error)
+        if not text:
             raise
-        print(f"bitmixer: {one_line(text)}", file=sys.stderr)
-        return 2
+    print(f"bitmixer: {one_line(text)}", file=sys.stderr)
+    return 2
 
 
-def _backend_error(error: RuntimeError | AssertionError) -> str | None:
-    """Says that JAX cannot start, or that no thread can; None for any other error."""
+def _backend_error(error: RuntimeError | AssertionError) -> str:
+    """Returns a line if JAX or a thread cannot start, and "" for any other error."""
     if "can't start new thread" in str(error):
-        return "no more threads can be started; give this process more memory and threads"
+        return "no more threads can be started; allow this process more memory and threads"
     import jax
+
+    from bitmixer_jax.errors import reason
 
     try:
         jax.devices()
-    except Exception as cause:  # jax raises several kinds, one of them without a text
-        lines = str(cause).splitlines() or ["no such devices"]
-        chosen = os.environ.get("JAX_PLATFORMS", "")
-        return f"JAX cannot start: {lines[0]} (the environment has JAX_PLATFORMS={chosen})"
-    return None
+    except Exception as cause:  # JAX raises several types, one of them without a text
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        return f"JAX cannot start: {reason(cause)} (the environment has JAX_PLATFORMS={platforms})"
+    return ""
 
 
 def _machine_error(error: OSError | MemoryError) -> str:
-    """Says in one line what the machine refused, where no command knew more about it."""
+    """Returns a line about an error of the machine that no command has explained."""
+    from bitmixer_jax.errors import reason
+
     if isinstance(error, MemoryError):
-        return "memory ran out; give this process more, or ask for less at once"
+        return "memory ran out; allow this process more memory, or do less at a time"
     named = f"{error.filename}: " if error.filename else ""
-    lines = str(error.strerror or error).splitlines() or [type(error).__name__]
-    return f"{named}{lines[0]}; check paths, permissions, free space and limits of this process"
+    return f"{named}{reason(error)}; check paths, permissions, free space and process limits"

@@ -1,4 +1,4 @@
-"""Output streams that do not end a command when they are closed, full, or limited to ASCII."""
+"""Output streams that do not stop a command when they are closed, full, or limited to ASCII."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TextIO
 
 
 class Output(io.TextIOBase):
-    """Passes text on to a stream until that fails; then it drops text, and the work goes on.
+    """Passes text on to a stream until the stream fails, and then drops text.
 
     Attributes:
-      failure: why text was lost; None if none was, or if the reader closed the pipe.
+      failure: why text was lost; None if no text was lost, or if the reader closed the pipe.
     """
 
     def __init__(self, stream: TextIO) -> None:
-        """Characters that the stream cannot encode become escapes such as \\xe9."""
+        """Takes a stream. Characters that it cannot encode become escapes such as \\xe9."""
         self._stream = stream
         self._lost = False
         self.failure: OSError | None = None
@@ -26,28 +26,28 @@ class Output(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Encoding of the stream."""
+        """The encoding of the stream."""
         return getattr(self._stream, "encoding", None) or "ascii"
 
     @property
     def buffer(self) -> object:
-        """The stream of bytes below."""
+        """The stream of bytes below this one, or None."""
         return getattr(self._stream, "buffer", None)
 
     def writable(self) -> bool:
-        """Always true."""
+        """Returns True."""
         return True
 
     def isatty(self) -> bool:
-        """Whether the stream is a terminal."""
+        """Returns whether the stream is a terminal."""
         return not self._lost and self._stream.isatty()
 
     def fileno(self) -> int:
-        """File descriptor of the stream."""
+        """Returns the file descriptor of the stream."""
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Writes text, or drops it where the stream has failed."""
+        """Writes text, or drops it if the stream has failed. Returns the length of the text."""
         if not self._lost:
             try:
                 self._stream.write(text)
@@ -56,7 +56,7 @@ class Output(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Passes on what is buffered, or drops it where the stream has failed."""
+        """Flushes the stream, unless it has failed."""
         if not self._lost:
             try:
                 self._stream.flush()
@@ -67,16 +67,16 @@ class Output(io.TextIOBase):
         self._lost = True
         if not isinstance(error, BrokenPipeError):
             self.failure = error
-        # What is still buffered would fail again when the interpreter ends.
+        # The interpreter flushes the stream when it ends. With the null device that cannot fail.
         with contextlib.suppress(OSError), open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), self._stream.fileno())
 
 
 def fill_closed() -> None:
-    """Opens the null device in place of standard streams that were closed by the caller.
+    """Opens the null device in place of standard streams that the caller has closed.
 
-    Otherwise the next file that is opened would get number 1 or 2, and text that is printed would
-    go into it.
+    Otherwise the next file that is opened would get their number, 1 or 2, and text that is printed
+    would go into that file.
     """
     for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:

@@ -1,7 +1,7 @@
-"""From the bytes of an image file to the square crop that a network takes.
+"""Decodes image files and crops them to the square that a network takes.
 
-Two decoders, measured in experiments/results/decoders: ``pil`` needs nothing but Pillow; ``turbo``
-(simplejpeg and OpenCV's resizing) is faster. Both read the same files (`decode`).
+There are two decoders. ``pil`` needs nothing but Pillow. ``turbo`` uses simplejpeg, and OpenCV to
+resize; it is faster (measured in experiments/results/decoders). Both read the same files.
 """
 
 import functools
@@ -17,18 +17,20 @@ from bitmixer_jax.errors import UserError
 
 DECODERS = ("pil", "turbo")
 _NEEDS = {"simplejpeg": "simplejpeg", "cv2": "opencv-python-headless"}
-_TRIES = 10
+_MAX_DRAWS = 10
 _ASPECT = (3 / 4, 4 / 3)
 
 Box = tuple[int, int, int, int]  # left, upper, width, height
 
 
 def random_box(rng: np.random.Generator, width: int, height: int, min_area: float) -> Box:
-    """A random part of an image: ``min_area`` to all of its area, of aspect 3:4 to 4:3.
+    """Draws a random crop, as Inception training does.
 
-    Where ten draws do not fit into the image, the largest part at its centre with such an aspect.
+    The area is uniform in ``min_area .. 1`` of that of the image. The logarithm of the aspect ratio
+    (width over height) is uniform between those of 3/4 and 4/3. If ten draws do not fit into the
+    image, the crop is the largest one at its centre with such an aspect ratio.
     """
-    for _ in range(_TRIES):
+    for _ in range(_MAX_DRAWS):
         area = rng.uniform(min_area, 1) * width * height
         aspect = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -41,10 +43,11 @@ def random_box(rng: np.random.Generator, width: int, height: int, min_area: floa
 
 
 def centre_box(width: int, height: int, size: int, resize: int) -> Box:
-    """What a crop of ``size`` takes of an image whose shorter side becomes ``resize`` pixels.
+    """Returns the part of an image that a centre crop takes after resizing.
 
-    Cutting first and resizing once gives what resizing first and cutting then would, up to the
-    rounding of sides to whole pixels.
+    Resizing makes the shorter side ``resize`` pixels long; the crop has ``size x size`` of them.
+    `read_crop` cuts this part out first and resizes once. That gives the same pixels as resizing
+    first, up to the rounding of sides to whole pixels.
     """
     side = max(1, round(min(width, height) * size / resize))
     return (width - side) // 2, (height - side) // 2, side, side
@@ -55,27 +58,31 @@ def read_crop(
     box_of: Callable[[int, int], Box],
     size: int,
     decoder: str = "pil",
-    obey: bool = True,
+    apply_orientation: bool = True,
 ) -> np.ndarray:
-    """Decodes an image file and resizes a part of it: uint8 ``[size, size, 3]``.
+    """Decodes an image file, cuts out a part, and resizes it.
 
     Args:
       data: the file; greyscale and CMYK become RGB.
-      box_of: gives the part, from the width and height of the image.
+      box_of: function from (width, height) of the image to the part.
+      size: side of the result, in pixels.
       decoder: one of DECODERS.
-      obey: turn the image as its orientation tag says.
+      apply_orientation: turn the image as its EXIF tag says.
+
+    Returns:
+      uint8 ``[size, size, 3]``.
 
     Raises:
-      Exception: of whatever kind, where the file is damaged or no image.
+      Exception: of any type, if the file is damaged or no image.
     """
     if decoder == "turbo":
-        return _resized(decode_fast(data, obey), box_of, size)
+        return _resized(decode_fast(data, apply_orientation), box_of, size)
     from PIL.Image import Resampling
 
-    image = decode(data, obey=obey)
+    image = decode(data, apply_orientation=apply_orientation)
     left, upper, width, height = box_of(*image.size)
     part = (left, upper, left + width, upper + height)
-    # Pillow widens the filter when shrinking: no aliasing.
+    # Pillow widens the filter when it shrinks an image, so there is no aliasing.
     return np.array(image.resize((size, size), Resampling.BILINEAR, box=part))
 
 
@@ -83,8 +90,9 @@ def _resized(pixels: np.ndarray, box_of: Callable[[int, int], Box], size: int) -
     cv2 = _opencv()
     left, upper, width, height = box_of(pixels.shape[1], pixels.shape[0])
     part = pixels[upper : upper + height, left : left + width]
-    way = cv2.INTER_AREA if min(width, height) > size else cv2.INTER_LINEAR
-    return cv2.resize(part, (size, size), interpolation=way)
+    shrinks = min(width, height) > size
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(part, (size, size), interpolation=interpolation)
 
 
 @functools.cache
@@ -95,12 +103,13 @@ def _opencv() -> Any:
 
 
 def check_installed(decoder: str) -> None:
-    """Says before the work that a decoder is not installed. Raises UserError."""
+    """Raises UserError if a decoder is not installed."""
     for module, package in _NEEDS.items() if decoder == "turbo" else ():
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(
                 f"config.stream.decoder = 'turbo' needs {package} ({error}): pip install "
-                f"{' '.join(_NEEDS.values())}, or set config.stream.decoder to 'pil'"
+                f"{' '.join(_NEEDS.values())}, or set config.stream.decoder to 'pil'",
+                "not-installed",
             ) from None

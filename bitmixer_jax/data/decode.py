@@ -1,15 +1,16 @@
-"""From the bytes of an image file to pixels of 8 bits: the one rule that every reader follows.
+"""Decodes image files to pixels of 8 bits. All readers of images use these rules.
 
-* Formats: those of FORMATS and nothing else, whatever a file is called. Other formats of Pillow may
-  start programs (EPS starts Ghostscript).
-* Size: at most MOST_PIXELS, read from the header before a pixel is decoded.
-* 16 bits a channel become 8: the upper ones (``v >> 8``), so that 65535 is 255. Floating-point
-  pixels and whole numbers beyond 16 bits have no defined range and are refused.
-* Transparency is dropped; of an animation, the first frame counts.
-* Orientation tags of cameras are obeyed or not, as the caller says. (Pillow itself obeys those of
-  TIFF files in any case.)
+* Formats: only those of FORMATS, whatever the name of the file. Other formats of Pillow may start
+  programs (EPS starts Ghostscript).
+* Size: at most MAX_PIXELS, read from the header before a pixel is decoded.
+* Depth: of 16 bits a channel the upper 8 are taken (``v >> 8``), so 65535 becomes 255.
+  Floating-point pixels and integers beyond 16 bits have no defined range and are refused.
+* Transparency is dropped. Of an animation, the first frame is taken.
+* Orientation: the caller says whether to turn the image as its EXIF tag says. (Pillow always turns
+  TIFF files.)
 """
 
+import functools
 import importlib
 import io
 from typing import Any
@@ -18,8 +19,8 @@ import numpy as np
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MOST_PIXELS = 2**26  # 8,192 x 8,192: 0.4 to 1.3 GB while it is decoded
-MOST_BYTES = 2**29  # of a file
+MAX_PIXELS = 2**26  # 8,192 x 8,192 pixels take 0.4 to 1.3 GB while they are decoded
+MAX_IMAGE_BYTES = 2**29  # of a file
 
 _ORIENTATION = 0x0112  # the tag's number in EXIF
 _DEEP = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2"}
@@ -27,70 +28,83 @@ _PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 _WHITE_IS_ZERO, _BITS = 262, 258  # tags of TIFF: photometric interpretation, bits of a sample
 
 
-def decode(data: bytes, mode: str = "RGB", obey: bool = True) -> Any:
+def decode(data: bytes, mode: str = "RGB", apply_orientation: bool = True) -> Any:
     """Decodes an image file.
 
     Args:
       data: the file.
       mode: "RGB" or "L".
-      obey: turn the image as its orientation tag says.
+      apply_orientation: turn the image as its EXIF tag says.
 
     Returns:
-      a Pillow image of that mode.
+      A Pillow image of that mode.
 
     Raises:
-      Exception: of whatever kind, where the file is damaged, no image, or too large.
+      Exception: of any type, if the file is damaged, no image, or too large.
     """
     import PIL.Image
 
     _check_webp(data)
-    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    try:
+        opened = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    except PIL.UnidentifiedImageError:  # its text holds an address in memory
+        message = f"none of {', '.join(FORMATS)}, or its header is damaged"
+        raise ValueError(message) from None
+    with opened as image:
         _check_size(*image.size)
         image.load()
-        turn = _turn(image) if obey else None
+        turn = _turn(image) if apply_orientation else None
         pixels = _eight_bits(image)
-        if "transparency" in image.info:  # Pillow warns where it is not dropped by way of RGBA
+        if "transparency" in image.info:  # Pillow warns unless RGBA comes in between
             pixels = pixels.convert("RGBA")
         pixels = pixels.convert(_PREMULTIPLIED.get(pixels.mode, pixels.mode)).convert(mode)
     return pixels if turn is None else pixels.transpose(turn)
 
 
-def decode_fast(data: bytes, obey: bool = True) -> np.ndarray:
-    """Decodes an image file by simplejpeg: uint8 ``[H, W, 3]``.
+def decode_fast(data: bytes, apply_orientation: bool = True) -> np.ndarray:
+    """Decodes an image file by simplejpeg, or by `decode` if simplejpeg refuses it.
 
-    What simplejpeg refuses (PNG files named .JPEG, CMYK, damaged files), `decode` reads or refuses:
-    both accept the same files.
+    So both functions accept the same files. simplejpeg refuses other formats, CMYK and damage.
+
+    Args:
+      data: the file.
+      apply_orientation: turn the image as its EXIF tag says.
+
+    Returns:
+      uint8 ``[H, W, 3]``.
 
     Raises:
-      as `decode`.
+      Exception: as `decode`.
     """
     simplejpeg = importlib.import_module("simplejpeg")
-    # Parsing the tags takes as long as decoding a small image: only where there may be some.
-    if obey and data.startswith(b"\xff\xd8") and (b"Exif" in data or b"rientation" in data):
-        return np.asarray(decode(data, obey=True))
+    slowly = functools.partial(decode, data, apply_orientation=apply_orientation)
+    # To parse the tags takes as long as to decode a small image, so look first if there are any.
+    tagged = data.startswith(b"\xff\xd8") and (b"Exif" in data or b"rientation" in data)
+    if apply_orientation and tagged:
+        return np.asarray(slowly())
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
-        return np.asarray(decode(data, obey=obey))
+        return np.asarray(slowly())
     _check_size(width, height)
     try:
-        # Strict: what is merely odd goes to Pillow, too, which decides for both decoders.
+        # In its strict mode, which refuses odd files: Pillow decides whether those can be read.
         return np.asarray(simplejpeg.decode_jpeg(data))
     except ValueError:
-        return np.asarray(decode(data, obey=obey))
+        return np.asarray(slowly())
 
 
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise ValueError(f"{width} x {height} pixels: it is empty")
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise ValueError(
-            f"{width} x {height} pixels; at most {MOST_PIXELS:,} are read, make it smaller"
+            f"{width} x {height} pixels; at most {MAX_PIXELS:,} are read, make it smaller"
         )
 
 
 def _check_webp(data: bytes) -> None:
-    """Checks the size that a WebP file states: Pillow makes room for frames as it opens one."""
+    """Checks the size that a WebP file states, because Pillow allocates frames when it opens it."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return
     kind = data[12:16]
@@ -107,12 +121,12 @@ def _check_webp(data: bytes) -> None:
 
 
 def _turn(image: Any) -> Any:
-    """How Pillow turns an image upright; None: it is. Damaged tags say nothing."""
+    """Returns how to turn an image upright, or None. Damaged tags count as none."""
     from PIL.Image import Transpose
 
     try:
         tag = image.getexif().get(_ORIENTATION)
-    except Exception:  # damaged tags raise nearly anything, and the pixels do without
+    except Exception:  # damaged tags raise nearly anything, but the pixels may be good
         return None
     return {
         2: Transpose.FLIP_LEFT_RIGHT,
@@ -126,7 +140,7 @@ def _turn(image: Any) -> Any:
 
 
 def _eight_bits(image: Any) -> Any:
-    """The image with 8 bits per channel; of several channels, Pillow takes the upper 8 itself."""
+    """Returns the image with 8 bits per channel. Pillow reduces several channels by itself."""
     import PIL.Image
 
     if image.mode == "F":

@@ -1,4 +1,4 @@
-"""Settings of streamed images."""
+"""How streamed images are read: `config.stream`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,25 @@ class StreamSettings:
     """How streamed images are read.
 
     Attributes:
-      size: pixels of a side of the crops that the network takes.
-      resize: what the shorter side of an image becomes before the centre crop of evaluation.
-      min_area: least part of an image that a random crop of training takes.
-      decoder: one of `crops.DECODERS`.
-      skip_unreadable: go on where images, files of records or whole classes are missing or
-        damaged. Training then takes other images in their place, drawn anew for each epoch;
-        evaluation leaves them out. Otherwise the first is an error.
-      orientation: whether to turn images as the tags of cameras say: "obey", "ignore", or "auto",
-        which obeys them but for ImageNet, where the custom is to ignore them.
+      size: side of the square crops that the network takes, in pixels; at least 1.
+      resize: length of the shorter side of an image before the centre crop of evaluation, in
+        pixels; at least `size`.
+      min_area: least share of the area of an image that a random crop takes in training; 0..1.
+      decoder: "pil" (Pillow), or "turbo" (simplejpeg and OpenCV), which is faster.
+      skip_unreadable: go on if images, files of records or whole classes are missing or damaged.
+        Training then takes other images in their place, drawn anew for each epoch, and evaluation
+        leaves them out. Otherwise the first one is an error.
+      orientation: whether to turn images as their EXIF tag says: "obey", "ignore", or "auto".
+        "auto" ignores the tags of ImageNet, as is the custom there, and obeys all others.
+
+    Raises:
+      UserError: a value is not allowed.
+
+    Example:
+      >>> from bitmixer_jax.data import StreamSettings
+      >>> settings = StreamSettings(size=160, resize=184)
+      >>> settings.for_dataset("imagenet").orientation
+      'ignore'
     """
 
     size: int = 224
@@ -36,7 +46,7 @@ class StreamSettings:
     orientation: str = "auto"
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that are not allowed."""
+        """Checks all values."""
         if self.size < 1:
             raise UserError(f"config.stream.size = {self.size}; give 1 or more")
         if self.resize < self.size:
@@ -54,17 +64,17 @@ class StreamSettings:
             raise UserError(f"config.stream.decoder = {self.decoder!r}; choose from {allowed}")
 
     @property
-    def obeys(self) -> bool:
-        """Whether orientation tags are obeyed."""
+    def applies_orientation(self) -> bool:
+        """Whether images are turned as their EXIF tag says."""
         return self.orientation != "ignore"
 
     def for_dataset(self, name: str) -> StreamSettings:
-        """The settings with what "auto" means for a data set."""
+        """Returns the settings with "auto" replaced by what it means for a data set."""
         if self.orientation != "auto":
             return self
-        way = "ignore" if _IMAGENET.fullmatch(name) else "obey"
-        return dataclasses.replace(self, orientation=way)
+        resolved = "ignore" if _IMAGENET.fullmatch(name) else "obey"
+        return dataclasses.replace(self, orientation=resolved)
 
     def check_installed(self) -> None:
-        """Raises UserError where the decoder is not installed."""
+        """Raises UserError if the decoder is not installed."""
         check_installed(self.decoder)

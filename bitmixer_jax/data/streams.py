@@ -1,133 +1,82 @@
-"""Image sets too large for memory: decoded by worker processes while the network trains.
+"""Image sets too large for memory: worker processes decode them while the network trains.
 
-Which images a batch takes, how each is cropped and whether it is mirrored are drawn from (seed,
-epoch, image) alone: the same for any number of workers and hosts, and from any step on.
+Which images a batch takes, how each is cropped and whether it is mirrored depend on (seed, epoch,
+image) only. So the batches are the same for any number of workers and hosts, and from any step on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from bitmixer_jax.data._dataset import Dataset
-from bitmixer_jax.data._encoded import Source
-from bitmixer_jax.data._names import listed, one_line, reason_of
-from bitmixer_jax.data._workers import check_main, open_iterator, why_died
-from bitmixer_jax.data.crops import (
-    Box,
-    centre_box,
-    random_box,
-    read_crop,
-)
-from bitmixer_jax.data.order import Order
+from bitmixer_jax.data.crops import read_crop
+from bitmixer_jax.data.in_memory import Dataset
+from bitmixer_jax.data.samplers import EvaluationSampler, Order, Sampler, TrainingSampler
 from bitmixer_jax.data.settings import StreamSettings
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.data.workers import check_main, open_iterator, why_died
+from bitmixer_jax.errors import UserError, listed, one_line, reason
 
 _log = logging.getLogger(__name__)
 
-# Per-channel statistics of ImageNet's training images, in units of 0..255; every streamed set is
-# normalised by them, as a pass over millions of images for their own would change little.
+# Per-channel statistics of ImageNet's training images, in units of 0..255. They normalise every
+# streamed set: to find its own would take a pass over millions of images and change little.
 MEAN = np.asarray((0.485, 0.456, 0.406), np.float32) * 255
 STD = np.asarray((0.229, 0.224, 0.225), np.float32) * 255
 
 _CHUNK = 32  # images that a worker hands over at once: few, so that all share in each batch
-_SPARES = 100  # draws for an image in place of an unreadable one
-_SHOWN = 10  # unreadable images that are named as they are met
+_MAX_ATTEMPTS = 100  # images that are tried before unreadable ones are an error
+_MAX_WARNINGS = 10  # unreadable images that the log names
 
 
-class Pass(Protocol):
-    """A way through the images of a set."""
+class Source(Protocol):
+    """The encoded images of a split, by index. Every worker gets a copy, so it must be small."""
 
-    def rows(self, step: int) -> np.ndarray:
-        """Which images batch ``step`` holds."""
+    def __len__(self) -> int:
+        """Number of images."""
 
-    def view(self, step: int, row: int) -> tuple[Callable[[int, int], Box], bool]:
-        """Which part of an image is taken (by its width and height), and whether it is mirrored."""
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Returns the file of an image, and its label. May raise any exception."""
 
-    def instead(self, step: int, row: int, attempt: int) -> int | None:
-        """Another image in place of an unreadable one; None: leave it out."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrainingPass:
-    """Epoch after epoch, shuffled, with random crops.
-
-    Attributes:
-      order: of the images.
-      take: places in the global batch that this host takes: int ``[b]``.
-      flip: mirror half of the images.
-      min_area: see StreamSettings.
-    """
-
-    order: Order
-    take: np.ndarray
-    flip: bool
-    min_area: float
-
-    def rows(self, step: int) -> np.ndarray:
-        """See Pass."""
-        return self.order.rows(step)[self.take]
-
-    def view(self, step: int, row: int) -> tuple[Callable[[int, int], Box], bool]:
-        """See Pass."""
-        rng = np.random.default_rng((self.order.seed, self.order.epoch(step), row, 1))
-        mirrored = rng.random() < 0.5  # drawn in any case: crops do not depend on `flip`
-        box = functools.partial(random_box, rng, min_area=self.min_area)
-        return box, mirrored and self.flip
-
-    def instead(self, step: int, row: int, attempt: int) -> int:
-        """See Pass."""
-        rng = np.random.default_rng((self.order.seed, self.order.epoch(step), row, 2, attempt))
-        return int(rng.integers(self.order.examples))
+    def name(self, index: int) -> str:
+        """Returns what to call an image in messages."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class CentrePass:
-    """Some images once, in the order given, cropped at their centre.
+class StreamingDataset:
+    """One split of a labelled image set, or a slice of it, whose images are read when needed.
 
-    Attributes:
-      chosen: which images: int ``[N]``.
-      batch_size: images in a batch, over all hosts; the last may have fewer.
-      take: places in such a batch that this host takes: int ``[b]``.
-      size, resize: see StreamSettings.
-    """
-
-    chosen: np.ndarray
-    batch_size: int
-    take: np.ndarray
-    size: int
-    resize: int
-
-    def rows(self, step: int) -> np.ndarray:
-        """See Pass."""
-        rows = self.chosen[step * self.batch_size :][: self.batch_size]
-        return rows[self.take[self.take < len(rows)]]
-
-    def view(self, step: int, row: int) -> tuple[Callable[[int, int], Box], bool]:
-        """See Pass."""
-        return functools.partial(centre_box, size=self.size, resize=self.resize), False
-
-    def instead(self, step: int, row: int, attempt: int) -> None:
-        """See Pass."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Streamed:
-    """One split, or a slice of one, of a labelled image set that is read as it is needed.
+    `open_split` makes one from a folder of images, or from a set of tensorflow-datasets.
 
     Attributes:
       name, split, classes: as of `Dataset`.
       source: the encoded images.
       settings: how they are read.
-      workers: processes that decode; 0: threads of this process; -1: one for each CPU core, at
-        most 32. What is read does not depend on it.
+      workers: number of processes that decode. With 0, threads of this process decode; with -1,
+        there is one process for each CPU core, at most 32. The batches do not depend on it.
       mean, std: ``[3]`` float32 for normalisation, in units of 0..255.
+
+    Raises:
+      UserError: the decoder is not installed.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import PIL.Image
+      >>> from bitmixer_jax.data import Order, StreamSettings, open_split
+      >>> small = StreamSettings(size=32, resize=36)
+      >>> with tempfile.TemporaryDirectory() as root:
+      ...     pathlib.Path(root, "train/cat").mkdir(parents=True)
+      ...     PIL.Image.new("RGB", (64, 48)).save(pathlib.Path(root, "train/cat/1.png"))
+      ...     data = open_split(f"folder:{root}", "train", stream=small, workers=0)
+      ...     order = Order(seed=0, examples=len(data), batch_size=1)
+      ...     for images, labels in data.training(order, start=0, stop=2, flip=True):
+      ...         print(images.dtype, images.shape, labels.tolist())
+      uint8 (1, 32, 32, 3) [0]
+      uint8 (1, 32, 32, 3) [0]
     """
 
     name: str
@@ -140,9 +89,9 @@ class Streamed:
     std: np.ndarray = dataclasses.field(default_factory=lambda: STD)
 
     def __post_init__(self) -> None:
-        """Raises UserError where the decoder is not installed."""
+        """Checks that the decoder is installed."""
         self.settings.check_installed()
-        # What is read must not depend on a name that `dataclasses.replace` may change.
+        # Resolves "auto" now: later, `dataclasses.replace` may change the name that decides it.
         object.__setattr__(self, "settings", self.settings.for_dataset(self.name))
 
     @property
@@ -160,56 +109,56 @@ class Streamed:
         return len(self.source)
 
     def training(
-        self, order: Order, start: int, stop: int, flip: bool, take: np.ndarray | None = None
+        self, order: Order, start: int, stop: int, flip: bool, local: np.ndarray | None = None
     ) -> Loader:
-        """Batches of the steps ``start .. stop - 1``.
+        """Returns the batches of the steps ``start .. stop - 1``.
 
         Args:
           order: which images each step takes.
-          flip: mirror half of them.
-          take: places in the global batch that this host takes, int ``[b]``; None: all.
+          start, stop: the steps.
+          flip: mirror half of the images.
+          local: which elements of the global batch this host reads, int ``[b]``; None: all.
         """
-        take = np.arange(order.batch_size) if take is None else np.asarray(take)
-        way = TrainingPass(order, take, flip, self.settings.min_area)
-        return Loader(self, way, start, stop, len(take), self.workers)
+        local = np.arange(order.batch_size) if local is None else np.asarray(local)
+        sampler = TrainingSampler(order, local, flip, self.settings.min_area)
+        return Loader(self, sampler, range(start, stop), len(local), self.workers)
 
-    def evaluation(self, batch_size: int, take: np.ndarray | None = None) -> Loader:
-        """All images in batches, the last one padded with black images of label -1.
+    def evaluation(self, batch_size: int, local: np.ndarray | None = None) -> Loader:
+        """Returns all images in batches. Black images of label -1 fill the last one.
 
         Args:
-          take: places in a batch that this host takes, int ``[b]``, rising; None: all.
+          batch_size: images in a batch, over all hosts.
+          local: which elements of a batch this host reads, int ``[b]``, rising; None: all.
         """
-        return self._centred(np.arange(len(self)), batch_size, self.workers, take)
+        return self._centred(np.arange(len(self)), batch_size, self.workers, local)
 
     def subset(self, rows: np.ndarray) -> Dataset:
-        """These images, cropped at the centre, as a set in memory; unreadable ones are left out.
+        """Returns images cropped at the centre, in memory, without unreadable ones.
+
+        Args:
+          rows: indices of the images, int ``[M]``.
 
         Raises:
           UserError: an image cannot be read and `skip_unreadable` is false.
         """
         loader = self._centred(np.asarray(rows), _CHUNK, workers=0)
         images, labels = (np.concatenate(x) for x in zip(*loader, strict=True))
-        there = labels >= 0
-        return Dataset(
-            self.name,
-            self.split,
-            images[there],
-            labels[there],
-            self.classes,
-            self.mean,
-            self.std,
-        )
+        kept = labels >= 0
+        fields = self.name, self.split, images[kept], labels[kept], self.classes
+        return Dataset(*fields, self.mean, self.std)
 
     def _centred(
-        self, rows: np.ndarray, batch_size: int, workers: int, take: np.ndarray | None = None
+        self, rows: np.ndarray, batch_size: int, workers: int, local: np.ndarray | None = None
     ) -> Loader:
-        take = np.arange(batch_size) if take is None else take
-        way = CentrePass(rows, batch_size, take, self.settings.size, self.settings.resize)
-        return Loader(self, way, 0, -(-len(rows) // batch_size), len(take), workers)
+        local = np.arange(batch_size) if local is None else local
+        size, resize = self.settings.size, self.settings.resize
+        sampler = EvaluationSampler(rows, batch_size, local, size, resize)
+        steps = range(-(-len(rows) // batch_size))
+        return Loader(self, sampler, steps, len(local), workers)
 
 
 class Batch(NamedTuple):
-    """Images uint8 ``[B, size, size, 3]`` and labels int32 ``[B]``; -1 means: leave out."""
+    """Images uint8 ``[B, size, size, 3]`` and labels int32 ``[B]``; label -1 marks padding."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -217,72 +166,72 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Chunks:
-    """Parts of batches by position: what the workers of grain go through."""
+    """Parts of batches, by index: the items that the workers make."""
 
     source: Source
     settings: StreamSettings
-    way: Pass
-    start: int
-    steps: int
+    sampler: Sampler
+    steps: range
     parts: int
 
     def __len__(self) -> int:
-        return self.steps * self.parts
+        return len(self.steps) * self.parts
 
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        """Images, labels and, as 1, which of them could not be read."""
-        step, part = divmod(position, self.parts)
-        rows = self.way.rows(self.start + step)[part * _CHUNK : (part + 1) * _CHUNK]
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns images, labels and, as 1, which images could not be read."""
+        number, part = divmod(index, self.parts)
+        step = self.steps[number]
+        rows = self.sampler.rows(step)[part * _CHUNK : (part + 1) * _CHUNK]
         size = self.settings.size
         images = np.zeros((len(rows), size, size, 3), np.uint8)
         labels = np.full(len(rows), -1, np.int32)
         failed = np.zeros(len(rows), np.uint8)
         for i, row in enumerate(rows):
             try:
-                images[i], labels[i] = self.load(self.start + step, int(row))
-            except Exception:  # a damaged image may raise nearly anything; `Loader` asks again
+                images[i], labels[i] = self.load(step, int(row))
+            except Exception:  # a damaged image raises nearly anything; `Loader` tries again
                 failed[i] = 1
         return {"images": images, "labels": labels, "failed": failed}
 
     def load(self, step: int, row: int) -> tuple[np.ndarray, int]:
-        """One crop and its label."""
+        """Returns the crop of an image, and its label."""
         data, label = self.source.read(row)
-        box, mirrored = self.way.view(step, row)
+        box, mirrored = self.sampler.crop(step, row)
         s = self.settings
-        crop = read_crop(data, box, s.size, s.decoder, s.obeys)
+        crop = read_crop(data, box, s.size, s.decoder, s.applies_orientation)
         return (crop[:, ::-1] if mirrored else crop), label
 
 
 class Loader:
-    """Goes through batches once; decodes ahead. `close` ends the workers.
+    """Iterates over batches once. Workers decode ahead; `close` ends them.
 
     Attributes:
-      unreadable: why an image could not be read, by its name, of those met so far.
+      unreadable: why an image could not be read, by its name, for all images so far.
     """
 
     def __init__(
-        self, data: Streamed, way: Pass, start: int, stop: int, batch_size: int, workers: int
+        self, data: StreamingDataset, sampler: Sampler, steps: range, batch_size: int, workers: int
     ) -> None:
-        """Nothing is read before the first batch is asked for.
+        """Prepares the loader; reads nothing before the first batch.
 
         Raises:
-          UserError: workers are wanted and cannot import the main script.
+          UserError: the workers cannot import the main script.
         """
         check_main(workers)
         self.unreadable: dict[str, str] = {}
-        self._data, self._way, self._batch_size = data, way, batch_size
-        self._step, self._stop = start, stop
+        self._data, self._sampler, self._batch_size = data, sampler, batch_size
+        self._step, self._stop = steps.start, steps.stop
         self._parts = -(-batch_size // _CHUNK)
-        self._chunks = _Chunks(data.source, data.settings, way, start, stop - start, self._parts)
+        self._chunks = _Chunks(data.source, data.settings, sampler, steps, self._parts)
         self._workers = workers
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """Itself; the workers end with the last batch."""
+        """Returns itself. The workers end with the last batch."""
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
           UserError: images cannot be read, or a worker died.
@@ -303,7 +252,7 @@ class Loader:
         images, labels, failed = (
             np.concatenate([part[key] for part in parts]) for key in ("images", "labels", "failed")
         )
-        self._mend(images, labels, np.flatnonzero(failed))
+        self._retry_failed(images, labels, np.flatnonzero(failed))
         missing = self._batch_size - len(images)
         if missing:
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
@@ -312,41 +261,47 @@ class Loader:
         return Batch(images, labels)
 
     def close(self) -> None:
-        """Ends the workers. No further batches can be asked for."""
+        """Ends the workers and the iteration."""
         self._step = self._stop
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
             gc.collect()  # grain's iterators are in cycles, and hold chunks in shared memory
 
-    def _mend(self, images: np.ndarray, labels: np.ndarray, failed: np.ndarray) -> None:
-        """Tries again what a worker could not read, then takes others instead, or raises."""
-        rows = self._way.rows(self._step)
-        lost = {}
+    def _retry_failed(self, images: np.ndarray, labels: np.ndarray, failed: np.ndarray) -> None:
+        """Reads the images that a worker could not read, or replacements, or raises UserError."""
+        rows = self._sampler.rows(self._step)
+        skip = self._data.settings.skip_unreadable
+        unreadable = {}
         for i in failed:
             row: int | None = int(rows[i])
-            for attempt in range(_SPARES):
+            for attempt in range(_MAX_ATTEMPTS):
                 assert row is not None
                 try:
                     images[i], labels[i] = self._chunks.load(self._step, row)
                     break
                 except Exception as error:
-                    lost[self._data.source.name(row)] = reason_of(error)
-                row = self._way.instead(self._step, int(rows[i]), attempt)
-                if row is None or not self._data.settings.skip_unreadable:
+                    unreadable[self._data.source.name(row)] = reason(error)
+                row = self._sampler.replacement(self._step, int(rows[i]), attempt)
+                if row is None or not skip:
                     break
             else:
-                raise UserError(f"{_SPARES} images in a row cannot be read: {_told(lost)}")
-        if lost and not self._data.settings.skip_unreadable:
+                names = _with_reasons(unreadable)
+                raise UserError(
+                    f"{_MAX_ATTEMPTS} images in a row cannot be read: {names}", "bad-image"
+                )
+        if unreadable and not skip:
             raise UserError(
-                f"{len(lost)} of the {len(rows)} images of a batch cannot be read: {_told(lost)}; "
-                "mend them, or set config.stream.skip_unreadable=True"
+                f"{len(unreadable)} of the {len(rows)} images of a batch cannot be read: "
+                f"{_with_reasons(unreadable)}; mend them, or set "
+                "config.stream.skip_unreadable=True",
+                "bad-image",
             )
-        for name, reason in lost.items():
-            if name not in self.unreadable and len(self.unreadable) < _SHOWN:
-                _log.warning("unreadable image left out: %s (%s)", one_line(name), reason)
-            self.unreadable[name] = reason
+        for name, why in unreadable.items():
+            if name not in self.unreadable and len(self.unreadable) < _MAX_WARNINGS:
+                _log.warning("unreadable image left out: %s (%s)", one_line(name), why)
+            self.unreadable[name] = why
 
 
-def _told(lost: dict[str, str]) -> str:
-    return listed([f"{name} ({reason})" for name, reason in lost.items()])
+def _with_reasons(unreadable: dict[str, str]) -> str:
+    return listed([f"{name} ({why})" for name, why in unreadable.items()])

@@ -1,7 +1,7 @@
-"""The shape of a deployed network as JSON: what a file says before its numbers.
+"""The description of a network as JSON: its layers, its graph and how images are normalised.
 
-Reading checks everything that sizes or wiring depend on, so that a damaged or hostile file ends in
-one line and not in a wrong network.
+Files hold it in front of their numbers. `Reader` checks everything that sizes or the graph depend
+on, so that a damaged or hostile file gives an error of one line and not a wrong network.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import Deployed, FloatStem
+from bitmixer_jax.export.integer_model import FloatStem, IntegerModel
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
 from bitmixer_jax.models.graph import OPS, Node
-from bitmixer_jax.quantizers import KINDS
+from bitmixer_jax.policy import BitSpace
+from bitmixer_jax.quantizers import WEIGHT_QUANTIZERS, WeightQuantizer
 
 _MOST_VALUES = 2**28  # of one activation tensor for one image; ImageNet networks need 2^20
 _MOST_PIXELS = 2**26  # numbers in one image; ImageNet networks need 2^18
@@ -24,7 +24,7 @@ Shape = tuple[int, int, int]
 
 
 def graph_to_json(graph: tuple[Node, ...]) -> list[list[Any]]:
-    """Nodes as ``[op, [inputs], [outputs]]``, then a layer's name or ``[stride, channels]``."""
+    """Returns ``[op, [inputs], [outputs]]`` of nodes, then a layer's name or [stride, channels]."""
     found = []
     for node in graph:
         row: list[Any] = [node.op, list(node.inputs), list(node.outputs)]
@@ -37,11 +37,11 @@ def graph_to_json(graph: tuple[Node, ...]) -> list[list[Any]]:
 
 
 def layer_to_json(layer: LayerInfo) -> dict[str, Any]:
-    """A layer of the table; "input" is ``[H, W, C]`` and kernels are `kernel_to_json`."""
+    """Returns a layer of the table; "input" is ``[H, W, C]``, and kernels are `kernel_to_json`."""
     return {
         "name": layer.name,
         "kind": layer.kind,
-        "previous": layer.previous,
+        "previous": layer.predecessor,
         "block": layer.block,
         "signed": layer.signed,
         "input": list(layer.input),
@@ -50,7 +50,7 @@ def layer_to_json(layer: LayerInfo) -> dict[str, Any]:
 
 
 def kernel_to_json(kernel: KernelInfo) -> list[Any]:
-    """``[name, [kh, kw, C_in, C_out], [strides], [[top, bottom], [left, right]], groups]``."""
+    """Returns name, [kh, kw, C_in, C_out], [strides], [[top, bottom], [left, right]], groups."""
     return [
         kernel.name,
         list(kernel.shape),
@@ -60,60 +60,64 @@ def kernel_to_json(kernel: KernelInfo) -> list[Any]:
     ]
 
 
-def describe(deployed: Deployed) -> dict[str, Any]:
-    """What a file says of a network besides its numbers: a JSON tree (docs/packed-format.md)."""
-    transitional = any(len(k.count) > 1 for layer in deployed.layers for k in layer.kernels)
-    stem = deployed.stem
+def describe(network: IntegerModel) -> dict[str, Any]:
+    """Returns the description of a network, a JSON tree (docs/packed-format.md).
+
+    Its keys are those of files, which must stay readable: "previous" is the predecessor, "ends" are
+    the first and last layers.
+    """
+    transitional = any(len(k.count) > 1 for layer in network.layers for k in layer.kernels)
+    stem = network.stem
     return {
-        "choices": list(deployed.space.choices),
-        "weight_kind": deployed.weight_kind,
+        "choices": list(network.space.choices),
+        "weight_kind": network.weight_quantizer,
         "norm": "transitional" if transitional else "per_width",
         "ends": "float" if isinstance(stem, FloatStem) else "int8",
-        "image_shape": list(deployed.image_shape),
-        "mean": [float(x) for x in deployed.mean],
-        "std": [float(x) for x in deployed.std],
-        "classes": list(deployed.classes),
-        "network": deployed.network,
+        "image_shape": list(network.image_shape),
+        "mean": [float(x) for x in network.mean],
+        "std": [float(x) for x in network.std],
+        "classes": list(network.classes),
+        "network": network.weights_digest,
         "stem": kernel_to_json(stem.info if isinstance(stem, FloatStem) else stem.info.kernels[0]),
-        "features": int(deployed.head.kernel.shape[0]),
-        "layers": [layer_to_json(layer.info) for layer in deployed.layers],
-        "graph": graph_to_json(deployed.graph),
-        "about": dict(deployed.about),
+        "features": int(network.head.kernel.shape[0]),
+        "layers": [layer_to_json(layer.info) for layer in network.layers],
+        "graph": graph_to_json(network.graph),
+        "about": dict(network.about),
     }
 
 
 class Reader:
-    """Reads the JSON of a file; raises UserError with its name where it is not as it must be."""
+    """Reads the JSON of a file and checks it. Errors are UserError and name the file."""
 
     def __init__(self, where: str):
-        """``where`` names the file."""
+        """Takes the name of the file, for errors."""
         self.where = where
 
     def fail(self, what: str) -> NoReturn:
         """Raises UserError."""
-        raise UserError(f"{self.where}: damaged file ({what})")
+        raise UserError(f"{self.where}: damaged file ({what})", "damaged")
 
     def field(self, tree: Any, key: str, kind: type) -> Any:
-        """``tree[key]``, which must be of that type."""
+        """Returns ``tree[key]``, which must have the type ``kind``."""
         value = tree.get(key) if isinstance(tree, Mapping) else None
         if type(value) is not kind:
             self.fail(f"{key} is not a {kind.__name__}")
         return value
 
     def whole(self, value: Any, low: int, high: int, what: str) -> int:
-        """A whole number in ``low..high``."""
+        """Returns a whole number in ``low..high``."""
         if type(value) is not int or not low <= value <= high:
             self.fail(f"{what} is not a whole number from {low} to {high}")
         return value
 
     def wholes(self, value: Any, count: int, low: int, high: int, what: str) -> tuple[int, ...]:
-        """A list of ``count`` whole numbers in ``low..high``."""
+        """Returns a list of ``count`` whole numbers in ``low..high``."""
         if type(value) is not list or len(value) != count:
             self.fail(f"{what} is not a list of {count} numbers")
         return tuple(self.whole(v, low, high, what) for v in value)
 
     def numbers(self, value: Any, count: int, what: str) -> tuple[float, ...]:
-        """A list of ``count`` finite numbers, within what float32 holds."""
+        """Returns a list of ``count`` numbers that float32 can hold."""
         if type(value) is not list or len(value) != count:
             self.fail(f"{what} is not a list of {count} numbers")
         if not all(type(v) in (int, float) and abs(v) < _LARGEST for v in value):
@@ -121,24 +125,24 @@ class Reader:
         return tuple(float(v) for v in value)
 
     def text(self, value: Any, what: str) -> str:
-        """A short text that can be printed."""
+        """Returns a short text that can be printed."""
         if type(value) is not str or len(value) > 1000 or not _encodes(value):
             self.fail(f"{what} is not a text")
         return value
 
     def text_of(self, tree: Any, key: str) -> str:
-        """A text of any length under a key. Raises UserError."""
+        """Returns a text of any length under a key."""
         value: str = self.field(tree, key, str)
         return value
 
     def texts(self, value: Any, what: str, most: int = 100_000) -> tuple[str, ...]:
-        """A list of texts."""
+        """Returns a list of texts."""
         if type(value) is not list or len(value) > most:
             self.fail(f"{what} is not a list of texts")
         return tuple(self.text(v, what) for v in value)
 
     def space(self, value: Any) -> BitSpace:
-        """The choices of width."""
+        """Returns the choices of width."""
         if type(value) is not list or not 1 <= len(value) <= 8:
             self.fail("choices is not a list of widths")
         choices = self.wholes(value, len(value), 2, 8, "choices")
@@ -146,28 +150,28 @@ class Reader:
             self.fail("choices are not ascending")
         return BitSpace(choices)
 
-    def kind(self, value: Any) -> str:
-        """The weight quantiser."""
-        if value not in KINDS:
-            self.fail(f"weight_kind is none of {KINDS}")
-        return str(value)
+    def quantizer(self, value: Any) -> WeightQuantizer:
+        """Returns the weight quantiser of that name."""
+        if type(value) is not str or value not in WEIGHT_QUANTIZERS:
+            self.fail(f"weight_kind is none of {tuple(WEIGHT_QUANTIZERS)}")
+        return WEIGHT_QUANTIZERS[value]
 
     def shape(self, value: Any, what: str) -> Shape:
-        """``(H, W, C)``, within reason."""
+        """Returns a shape ``(H, W, C)`` of not too many values."""
         height, width, channels = self.wholes(value, 3, 1, 2**20, what)
         if height * width * channels > _MOST_VALUES:
             self.fail(f"{what} is too large")
         return height, width, channels
 
     def image_shape(self, value: Any) -> Shape:
-        """``(H, W, C)`` of the images that a network takes."""
+        """Returns the shape ``(H, W, C)`` of the images that a network takes."""
         found = self.shape(value, "image_shape")
         if math.prod(found) > _MOST_PIXELS:
             self.fail("image_shape is too large")
         return found
 
     def kernel(self, value: Any, entry: Shape) -> KernelInfo:
-        """A kernel that reads a tensor of shape ``entry``."""
+        """Returns a kernel that reads a tensor of shape ``entry``."""
         if type(value) is not list or len(value) != 5:
             self.fail("a kernel is not a list of 5")
         name, shape, strides, padding, groups = value
@@ -195,7 +199,7 @@ class Reader:
         )
 
     def layer(self, value: Any, place: int) -> LayerInfo:
-        """Layer number ``place`` of the table."""
+        """Returns layer number ``place`` of the table."""
         entry = self.shape(self.field(value, "input", list), "input")
         kernels = self.field(value, "kernels", list)
         if not 1 <= len(kernels) <= 2:
@@ -204,7 +208,7 @@ class Reader:
             name=self.text(value.get("name"), "layer name"),
             kind=self.text(value.get("kind"), "layer kind"),
             kernels=tuple(self.kernel(kernel, entry) for kernel in kernels),
-            previous=self.whole(value.get("previous"), -1, place - 1, "previous"),
+            predecessor=self.whole(value.get("previous"), -1, place - 1, "previous"),
             block=self.whole(value.get("block"), -1, 2**20, "block"),
             signed=bool(self.field(value, "signed", bool)),
             input=entry,
@@ -218,7 +222,7 @@ class Reader:
         image_shape: Shape,
         features: int,
     ) -> tuple[Node, ...]:
-        """The wiring, with the shape of every tensor checked against what reads it."""
+        """Returns the graph; checks the shape of every tensor against the nodes that read it."""
         if type(value) is not list or not 2 <= len(value) <= 100_000:
             self.fail("graph is not a list of nodes")
         table = {layer.name: layer for layer in layers}
@@ -260,7 +264,7 @@ class Reader:
         table: Mapping[str, LayerInfo],
         features: int,
     ) -> list[Shape]:
-        """Shapes of a node's outputs."""
+        """Returns the shapes of a node's outputs."""
         if len(entries) != (2 if node.op == "add" else 1):
             self.fail(f"a node {node.op} has the wrong number of inputs")
         entry = entries[0]

@@ -1,9 +1,9 @@
 """ONNX with standard operators: one policy, or all of them with the policy as an input.
 
-Both take ``images`` uint8 ``[batch, H, W, C]`` as an image file holds them and give ``logits``
-float32 ``[batch, K]``; docs/onnx.md has the rest. Integer weights stay integers in the file; codes
-are convolved as whole numbers in float32, which is exact, so any engine gives the trained
-network's answers. For speed there is `onnx_int8.int8_model`.
+Both models take ``images`` uint8 ``[batch, H, W, C]`` as an image file holds them and give
+``logits`` float32 ``[batch, K]``; docs/onnx.md has the rest. Weights are integers in the file. An
+engine convolves codes as whole numbers in float32, which is exact, so any engine gives the answers
+of the trained network. `onnx_int8.int8_model` is faster.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import Deployed, FloatStem, Kernel, Layer, narrowed
+from bitmixer_jax.export.integer_model import FloatStem, IntegerModel, Kernel, Layer
 from bitmixer_jax.export.onnx_builder import (
     Builder,
     finish,
@@ -28,158 +28,146 @@ from bitmixer_jax.export.onnx_builder import (
 from bitmixer_jax.export.onnx_seal import add_seal, seal
 from bitmixer_jax.files import write_new
 from bitmixer_jax.models.graph import Node
-from bitmixer_jax.quantizers import bounds
+from bitmixer_jax.quantizers import integer_range
 
-CARRIERS = {"int8": (8, 19), "int4": (4, 21), "int2": (2, 25)}  # bits, opset
-
-
-def own_codes(deployed: Deployed, kernel: Kernel, own: int) -> np.ndarray:
-    """Integer weight codes int8 ``[kh, kw, I, O]`` at choice ``own``."""
-    if deployed.weight_kind == "independent":
-        return kernel.codes[own]
-    shift = deployed.code_bits - deployed.space.choices[own]
-    return np.asarray(narrowed(kernel.codes[0], shift, deployed.weight_kind, deployed.code_bits))
+STORAGE_DTYPES = {"int8": (8, 19), "int4": (4, 21), "int2": (2, 25)}  # bits, opset
 
 
-def places(deployed: Deployed, policy: np.ndarray) -> dict[str, tuple[Layer, int, int]]:
-    """By name: a layer, the index of the width before it (0: it has no say), and of its own."""
-    index = np.searchsorted(deployed.space.choices, policy)
-    found = {}
-    for layer, own in zip(deployed.layers, index, strict=True):
-        before = layer.info.previous
-        transitional = before >= 0 and len(layer.kernels[0].count) > 1
-        found[layer.info.name] = (layer, int(index[before]) if transitional else 0, int(own))
-    return found
+def policy_model(network: IntegerModel, policy: np.ndarray, storage_dtype: str = "int8") -> Any:
+    """Makes an ONNX model of one policy.
 
-
-def policy_model(deployed: Deployed, policy: np.ndarray, carrier: str = "int8") -> Any:
-    """A model of one policy ``[L]``, an onnx.ModelProto.
-
-    Inputs pass QuantizeLinear and DequantizeLinear, weights are integers; the batch norm of the
-    pair in use is one multiplier and one offset per channel.
+    Inputs of layers pass QuantizeLinear and DequantizeLinear, and weights are integers. The batch
+    norm of the pair in use is one multiplier and one offset for each channel.
 
     Args:
-      carrier: type that holds a layer's weights: "int8", "int4" (opset 21; takes layers of up to 4
-        bits), or "int2" (opset 25; for layers of 2 bits, the others as with "int4"). Wider layers
-        stay in int8.
+      network: the integers.
+      policy: ``[L]`` widths.
+      storage_dtype: type that holds the weights of a layer: "int8"; "int4" (opset 21) for layers
+        of up to 4 bits; "int2" (opset 25) for layers of 2 bits, and "int4" for those of 3 and 4.
+        Wider layers stay in int8.
+
+    Returns:
+      an onnx.ModelProto.
 
     Raises:
-      UserError: an unknown carrier or policy, a pair that training never visited, or onnx is not
-        installed.
+      UserError: an unknown storage_dtype or policy, a pair that training never used, or onnx is
+        not installed.
     """
-    if carrier not in CARRIERS:
-        raise UserError(f"carrier {carrier!r}: choose from {', '.join(CARRIERS)}")
-    policy = deployed.space.check(policy, len(deployed.layers))
-    deployed.check_visited(policy)
-    b, found = Builder(), places(deployed, policy)
-    least, opset = CARRIERS[carrier]
+    if storage_dtype not in STORAGE_DTYPES:
+        raise UserError(f"storage_dtype {storage_dtype!r}: choose from {', '.join(STORAGE_DTYPES)}")
+    policy = network.space.check(policy, len(network.layers))
+    network.check_calibrated(policy)
+    b, layers = Builder(), network.pairs(policy)
+    least, opset = STORAGE_DTYPES[storage_dtype]
 
     def layer(node: Node, x: str) -> tuple[str, ...]:
-        of, before, own = found[node.layer]
-        return _layer(b, deployed, of, x, before, own, deployed.space.choices[own], least)
+        of, pair = layers[node.layer]
+        return _layer(b, network, of, x, pair, least)
 
-    ops = {**real_ops(b), "stem": _stem(b, deployed), "layer": layer}
-    ops["head"] = lambda node, x: head(b, deployed, x)
-    return finish(b, deployed, ops, opset=opset, policy=policy, form=f"policy, {carrier}")
+    ops = {**real_ops(b), "stem": _stem(b, network), "layer": layer}
+    ops["head"] = lambda node, x: head(b, network, x)
+    return finish(b, network, ops, opset=opset, policy=policy, format=f"policy, {storage_dtype}")
 
 
-def _stem(b: Builder, deployed: Deployed) -> Any:
-    stem = deployed.stem
+def _stem(b: Builder, network: IntegerModel) -> Any:
+    stem = network.stem
     if isinstance(stem, FloatStem):
         return lambda node, x: float_stem(b, stem, x)
-    return lambda node, x: _layer(b, deployed, stem, x, 0, 0, 8, 8, "independent")
+    return lambda node, x: _layer(b, network, stem, x, (0, 0), 8)
 
 
 def _layer(
-    b: Builder,
-    deployed: Deployed,
-    layer: Layer,
-    x: str,
-    before: int,
-    own: int,
-    bits: int,
-    least: int,
-    kind: str = "",
+    b: Builder, network: IntegerModel, layer: Layer, x: str, pair: tuple[int, int], least: int
 ) -> tuple[str, ...]:
-    """A quantised layer at one width: its outputs, float32."""
-    kind = kind or deployed.weight_kind
-    codes = quantised(b, x, layer.step[own], bits, layer.info.signed)
+    """Adds a quantised layer and returns its outputs, float32.
+
+    Args:
+      pair: row and column of its tables; the column is the index of its width.
+      least: bits of the smallest type that may hold weights.
+    """
+    own = pair[1]
+    quantizer, space, _ = network.widths_of(layer)
+    bits = space.choices[own]
+    codes = quantised(b, x, layer.step_size[own], bits, layer.info.signed)
     codes = b.node("DequantizeLinear", codes, b.constant(1.0))
     outputs = []
     for kernel in layer.kernels:
-        of = kernel.codes[0] if layer is deployed.stem else own_codes(deployed, kernel, own)
+        integers = oihw(network.codes_at(layer, kernel, own))
         name = f"{layer.info.name}.{kernel.info.name}"
-        carrier = 8 if bits > 4 else max(least, 2 if bits == 2 else 4)
-        if carrier == 8:
-            stored = b.constant(oihw(of), np.int8, name=name)
+        storage_dtype = 8 if bits > 4 else max(least, 2 if bits == 2 else 4)
+        if storage_dtype == 8:
+            stored = b.constant(integers, np.int8, name=name)
         else:
-            stored = b.small_integers(oihw(of), carrier, name)
+            stored = b.small_integers(integers, storage_dtype, name)
         # onnxruntime computes a Cast when it loads the model, a DequantizeLinear in each call.
         weights = b.node("Cast", stored, to=b._onnx.TensorProto.FLOAT)
-        if kind == "floor":
-            weights = b.node("Add", weights, b.constant(0.5))
+        if quantizer.half:
+            weights = b.node("Add", weights, b.constant(quantizer.half))
         sums = b.conv(codes, weights, kernel.info, name=f"{name}.sums")
         # Not a constant to onnxruntime, which would multiply it into the weights: sums stay exact.
         ones = b.constant(np.ones((kernel.info.shape[-1], 1, 1)), np.int8)
-        scale = b.constant(kernel.multiplier[before, own])
+        scale = b.constant(kernel.multiplier[pair])
         scaled = b.node("Mul", sums, b.node("DequantizeLinear", ones, scale, axis=0))
-        outputs.append(b.node("Add", scaled, b.channels(kernel.offset[before, own])))
+        outputs.append(b.node("Add", scaled, b.channels(kernel.offset[pair])))
     return tuple(outputs)
 
 
-def quantised(b: Builder, x: str, step: Any, bits: int, signed: bool) -> str:
-    """Codes of ``x`` in (u)int8; those of fewer than 8 bits are clipped, as the type does not."""
+def quantised(b: Builder, x: str, step_size: Any, bits: int, signed: bool) -> str:
+    """Adds the quantisation of ``x`` and returns its codes, in int8 if signed, else uint8."""
     dtype = np.int8 if signed else np.uint8
     zero = b.constant(0, dtype)
-    codes = b.node("QuantizeLinear", x, b.constant(step), zero)
-    if bits == 8:
+    codes = b.node("QuantizeLinear", x, b.constant(step_size), zero)
+    if bits == 8:  # the type clips codes of 8 bits; narrower ones are clipped here
         return str(codes)
-    low, high = bounds(bits, signed)
+    low, high = integer_range(bits, signed)
     return str(b.node("Clip", codes, b.constant(low, dtype), b.constant(high, dtype)))
 
 
-def switchable_model(deployed: Deployed) -> Any:
-    """A model of all policies: its second input is ``policy`` int64 ``[L]``, widths.
+def switchable_model(network: IntegerModel) -> Any:
+    """Makes an ONNX model of all policies: its second input is ``policy`` int64 ``[L]``, widths.
 
-    One set of int8 weights for all widths (one per width if the quantiser is not nested), narrowed
-    in the graph: a branch for each width, whose weights an engine may compute when it loads the
-    model. A width that is not a choice gives NaN for all logits.
+    It holds the integer codes of a kernel once (once for each width if the quantiser is not
+    nested). The graph truncates them: it has a branch for each width, whose weights an engine may
+    compute when it loads the model. A width that is not a choice gives NaN for all logits.
+
+    Returns:
+      an onnx.ModelProto.
 
     Raises:
       UserError: onnx is not installed.
     """
-    b, space = Builder(), deployed.space
+    b, space = Builder(), network.space
     n = space.n
     choices = b.constant([space.choices], np.int64)
     asked = b.node("Unsqueeze", "policy", b.constant([1], np.int64))
     equal = b.node("Cast", b.node("Equal", asked, choices), to=b._onnx.TensorProto.INT32)
     indices = b.node("ArgMax", equal, axis=1, keepdims=0)
     known = b.node("ReduceMin", b.node("ReduceMax", equal, b.constant([1], np.int64)), keepdims=0)
-    number = {layer.info.name: place for place, layer in enumerate(deployed.layers)}
+    number = {layer.info.name: place for place, layer in enumerate(network.layers)}
     index = [
         b.node("Gather", indices, b.constant(place, np.int64), axis=0)
-        for place in range(len(deployed.layers))
+        for place in range(len(network.layers))
     ]
 
     def table(values: Any, row: str, name: str = "") -> str:
         return str(b.node("Gather", b.constant(values, name=name), row, axis=0))
 
     def layer(node: Node, x: str) -> tuple[str, ...]:
-        of = deployed.layers[number[node.layer]]
+        of = network.layers[number[node.layer]]
         own = index[number[node.layer]]
-        edges = [bounds(bits, of.info.signed) for bits in space.choices]
-        codes = b.node("Mul", x, table(1 / of.step, own))
-        low, high = (table(edge, own) for edge in zip(*edges, strict=True))
+        limits = [integer_range(bits, of.info.signed) for bits in space.choices]
+        codes = b.node("Mul", x, table(1 / of.step_size, own))
+        low, high = (table(limit, own) for limit in zip(*limits, strict=True))
         codes = b.node("Clip", b.node("Round", codes), low, high)
         outputs = []
         for kernel in of.kernels:
             name = f"{of.info.name}.{kernel.info.name}"
-            ways = [partial(sums_at, codes, kernel, name, i) for i in range(n)]
-            sums = b.choose(own, ways, f"{name}.sums")
-            row = own
-            if len(kernel.count) > 1:
-                before = index[of.info.previous]
-                row = b.node("Add", b.node("Mul", before, b.constant(n, np.int64)), own)
+            branches = [partial(sums_at, codes, kernel, name, i) for i in range(n)]
+            sums = b.choose(own, branches, f"{name}.sums")
+            rows, row = len(kernel.count), own  # of the tables as [P n, C]
+            if rows > 1:
+                predecessor = of.info.norm_row(index, rows)
+                row = b.node("Add", b.node("Mul", predecessor, b.constant(n, np.int64)), own)
             shape = (-1, kernel.info.shape[-1], 1, 1)
             multiplier = table(kernel.multiplier.reshape(shape), row, f"{name}.multiplier")
             offset = table(kernel.offset.reshape(shape), row, f"{name}.offset")
@@ -187,33 +175,33 @@ def switchable_model(deployed: Deployed) -> Any:
         return tuple(outputs)
 
     def sums_at(codes: str, kernel: Kernel, name: str, i: int, branch: Builder) -> str:
-        """The convolution at choice ``i``: its weights are of constants alone."""
-        return branch.conv(codes, narrow(branch, kernel, i, name), kernel.info)
+        """Adds the convolution at choice ``i``; its weights depend on constants alone."""
+        return branch.conv(codes, weights_at(branch, kernel, i, name), kernel.info)
 
-    def narrow(branch: Builder, kernel: Kernel, i: int, name: str) -> str:
-        """Weights float32 ``[O, I, kh, kw]`` at choice ``i``: whole numbers, or halves between."""
+    def weights_at(branch: Builder, kernel: Kernel, i: int, name: str) -> str:
+        """Adds the weights at choice ``i``, float32 ``[O, I, kh, kw]``: codes, in whole or half."""
         node, constant = branch.node, branch.constant
-        kind, to = deployed.weight_kind, branch._onnx.TensorProto.FLOAT
-        if kind == "independent":
-            name = f"{name}.{space.choices[i]}bits"
-            return str(node("Cast", constant(oihw(kernel.codes[i]), np.int8, name=name), to=to))
-        stored = constant(oihw(kernel.codes[0]), np.int8, name=name)
-        shift = deployed.code_bits - space.choices[i]
-        parts = node("Mul", node("Cast", stored, to=to), constant(2.0**-shift))
-        if kind == "floor":
-            return str(node("Add", node("Floor", parts), constant(0.5)))
-        if not shift:
-            return str(parts)
-        top = constant(bounds(space.choices[i], True)[1])
-        return str(node("Min", node("Floor", node("Add", parts, constant(0.5))), top))
+        quantizer, to = network.quantizer, branch._onnx.TensorProto.FLOAT
+        name = name if quantizer.nested else f"{name}.{space.choices[i]}bits"
+        integers = oihw(kernel.codes[0 if quantizer.nested else i])
+        codes = node("Cast", constant(integers, np.int8, name=name), to=to)
+        if quantizer.nested:  # truncated by arithmetic: ONNX shifts unsigned integers alone
+            shift = network.code_bits - space.choices[i]
+            codes = node("Mul", codes, constant(2.0**-shift))
+            if not quantizer.truncation_rounds:
+                codes = node("Floor", codes)
+            elif shift:
+                top = constant(integer_range(space.choices[i], True)[1])
+                codes = node("Min", node("Floor", node("Add", codes, constant(0.5))), top)
+        return str(node("Add", codes, constant(quantizer.half)) if quantizer.half else codes)
 
     def last(node: Node, x: str) -> str:
         valid = b.node("Cast", known, to=b._onnx.TensorProto.BOOL)
         zero, nan = b.constant(0.0), b.constant(np.nan)
-        return str(b.node("Add", head(b, deployed, x), b.node("Where", valid, zero, nan)))
+        return str(b.node("Add", head(b, network, x), b.node("Where", valid, zero, nan)))
 
-    ops = {**real_ops(b), "stem": _stem(b, deployed), "layer": layer, "head": last}
-    return finish(b, deployed, ops, opset=19, policy=None, form="switchable")
+    ops = {**real_ops(b), "stem": _stem(b, network), "layer": layer, "head": last}
+    return finish(b, network, ops, opset=19, policy=None, format="switchable")
 
 
 def save_onnx(path: str | pathlib.Path, model: Any, *, overwrite: bool = False) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.data import ImageReader
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, reason
 from bitmixer_jax.export.description import Reader, Shape
 from bitmixer_jax.export.onnx_seal import FORMAT, KEY, VERSION, is_whole
-from bitmixer_jax.files import parse_json, read_bytes, user_path
-from bitmixer_jax.inputs import check_images, check_policy
+from bitmixer_jax.files import parse_json, read_user_file
+from bitmixer_jax.loaded_model import check_images
+from bitmixer_jax.policy import BitSpace, check_policy
 
 OPTIMIZATION = ("off", "basic", "default")
 _MOST_BYTES = 2**31  # of a protobuf message
@@ -27,7 +27,7 @@ _OLD_KEYS = {
 
 
 class OnnxRunner:
-    """An exported file, loaded: ``runner(images, policy)`` gives logits.
+    """Runs an exported file: ``runner(images, policy)`` returns logits.
 
     Attributes:
       switchable: whether the policy is an input.
@@ -42,8 +42,8 @@ class OnnxRunner:
     def __init__(self, path: str | pathlib.Path, optimization: str = "default", threads: int = 0):
         """Checks the file and loads it.
 
-        The checksum of the whole file is checked before onnxruntime reads it. A file from before
-        checksums is read, and a line of the log says so.
+        The checksum of the whole file is checked before onnxruntime reads it. A file of version 1
+        has no checksum: it is read, and a line of the log says so.
 
         Args:
           optimization: of onnxruntime: "off", "basic" or "default".
@@ -57,7 +57,7 @@ class OnnxRunner:
             import onnxruntime
         except ImportError:
             raise UserError(
-                "onnxruntime is not installed: pip install 'bitmixer_jax[onnx]'"
+                "onnxruntime is not installed: pip install 'bitmixer_jax[onnx]'", "not-installed"
             ) from None
         level = onnxruntime.GraphOptimizationLevel
         levels = dict(zip(OPTIMIZATION, _levels(level), strict=True))
@@ -67,27 +67,27 @@ class OnnxRunner:
         options.graph_optimization_level = levels[optimization]
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors: they are raised, too
-        path = user_path(path)
-        try:
-            content = read_bytes(path, _MOST_BYTES)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        path, content = read_user_file(path, "ONNX file", _MOST_BYTES)
         whole = is_whole(content)
         if whole is False:
             raise UserError(
                 f"{path}: its checksum differs: the file is damaged, or was changed after its "
-                "export; export it again"
+                "export; export it again",
+                "damaged",
             )
         try:
             self._session = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
             )
             about = self._session.get_modelmeta().custom_metadata_map
-        except Exception as error:  # whatever onnxruntime makes of it
-            line = str(error).partition("\n")[0]
-            raise UserError(f"{path}: not an ONNX export, or damaged ({line})") from None
+        except Exception as error:  # onnxruntime raises many kinds
+            raise UserError(
+                f"{path}: not an ONNX export, or damaged ({reason(error)})", "damaged"
+            ) from None
         if about.get("format") != FORMAT:
-            raise UserError(f"{path}: not an ONNX export: its metadata is not that of bitmixer")
+            raise UserError(
+                f"{path}: not an ONNX export: its metadata is not that of bitmixer", "wrong-format"
+            )
         self._read(Reader(str(path)), about, sealed=whole is not None)
         if whole is None:
             logging.getLogger(__name__).warning(
@@ -141,10 +141,10 @@ class OnnxRunner:
         _agrees(read, outputs[0], "tensor(float)", None, (len(self.classes),))
 
     def __call__(self, images: np.ndarray, policy: Any = None) -> np.ndarray:
-        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]``.
+        """Computes logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]``.
 
         Args:
-          policy: ``[L]`` widths or one for all layers, for a switchable file alone.
+          policy: ``[L]`` widths or one for all layers; only for a switchable file.
 
         Raises:
           UserError: images or a policy that do not fit, a policy for a file that holds one already,
@@ -153,19 +153,20 @@ class OnnxRunner:
         feed: dict[str, Any] = {"images": check_images(images, self.image_shape)}
         if self.switchable:
             if policy is None:
-                raise UserError("a switchable ONNX file: give a policy")
+                raise UserError("a switchable ONNX file: give a policy", "missing-value")
             feed["policy"] = check_policy(policy, self.space, len(self.names)).astype(np.int64)
         elif policy is not None:
-            raise UserError("this ONNX file holds one policy; export a switchable one to choose")
+            raise UserError(
+                "this ONNX file holds one policy; export a switchable one to choose", "conflict"
+            )
         try:
             return np.asarray(self._session.run(["logits"], feed)[0])
         except Exception as error:  # of a damaged file without a checksum, or no memory
-            line = str(error).partition("\n")[0]
-            raise UserError(f"onnxruntime cannot run this ONNX file ({line})") from None
+            raise UserError(f"onnxruntime cannot run this ONNX file ({reason(error)})") from None
 
 
 def _levels(level: Any) -> tuple[Any, ...]:
-    """onnxruntime's levels in the order of OPTIMIZATION."""
+    """Returns onnxruntime's levels in the order of OPTIMIZATION."""
     return level.ORT_DISABLE_ALL, level.ORT_ENABLE_BASIC, level.ORT_ENABLE_ALL
 
 

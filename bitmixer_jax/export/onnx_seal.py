@@ -1,6 +1,6 @@
-"""The checksum that an exported ONNX file carries in its metadata, of the whole file.
+"""The checksum of a whole exported ONNX file, which its metadata hold.
 
-It is found and checked in the bytes of the file, so that no engine parses a file that is damaged.
+It is found and checked in the bytes of the file, so that no engine reads a damaged file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def seal(data: bytes) -> bytes:
 
 
 def is_whole(data: bytes) -> bool | None:
-    """Whether the checksum of a file is right; None where it has none, as those of version 1."""
+    """Returns whether the checksum of a file is right; None if it has none (version 1)."""
     found = list(_ENTRY.finditer(data))
     if len(found) != 1:
         return None if not found else False

@@ -1,4 +1,4 @@
-"""StableHLO by jax.export: one file for any policy, wherever jax runs, without this library.
+"""StableHLO by jax.export: a file that runs any policy wherever jax runs, without this library.
 
     import json, zipfile
     import jax, numpy as np
@@ -10,8 +10,8 @@
     policy = np.full(len(about["layers"]), 3, np.int32)  # a width for each layer
     logits = network.call(images, policy)  # NaN for widths that are not in about["choices"]
 
-The file is a zip archive, not compressed. The programme is the integer engine: weights are int8
-constants, so it is about a quarter of the size that the simulated network would have.
+The file is a zip archive, not compressed. Its program is the integer engine: weights are int8
+constants, so it has about a quarter of the size of the simulated network.
 """
 
 from __future__ import annotations
@@ -28,22 +28,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitmixer_jax.archives import read_parts
 from bitmixer_jax.data import normalize
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.deployed import Deployed
+from bitmixer_jax.errors import UserError, reason
 from bitmixer_jax.export.description import Reader, describe
-from bitmixer_jax.export.integer import run_integer
+from bitmixer_jax.export.integer_engine import run_integer
+from bitmixer_jax.export.integer_model import IntegerModel
 from bitmixer_jax.files import open_file, parse_json, user_path, write_new
-from bitmixer_jax.inputs import check_images, check_policy
+from bitmixer_jax.loaded_model import check_images
+from bitmixer_jax.policy import check_policy
+from bitmixer_jax.zip_files import read_parts
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_stablehlo(
-    deployed: Deployed, path: str | pathlib.Path, *, overwrite: bool = False
+    network: IntegerModel, path: str | pathlib.Path, *, overwrite: bool = False
 ) -> None:
     """Writes logits(images uint8 ``[b, H, W, C]``, policy int32 ``[L]``) for cpu, cuda and tpu.
+
+    Args:
+      network: the integers.
+      path: of the file.
+      overwrite: replace a file that exists.
 
     Raises:
       UserError: flatbuffers is not installed, or the file cannot be written.
@@ -51,30 +57,32 @@ def export_stablehlo(
     _need_flatbuffers()
 
     def logits(images: jax.Array, policy: jax.Array) -> jax.Array:
-        x = normalize(images, deployed.mean, deployed.std)
-        return run_integer(deployed, x, policy)
+        x = normalize(images, network.mean, network.std)
+        return run_integer(network, x, policy)
 
     (batch,) = jax.export.symbolic_shape("b")
     shapes = (
-        jax.ShapeDtypeStruct((batch, *deployed.image_shape), jnp.uint8),
-        jax.ShapeDtypeStruct((len(deployed.layers),), jnp.int32),
+        jax.ShapeDtypeStruct((batch, *network.image_shape), jnp.uint8),
+        jax.ShapeDtypeStruct((len(network.layers),), jnp.int32),
     )
     with _no_locations():
         exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(*shapes)
-    about = {key: value for key, value in describe(deployed).items() if key != "graph"}
-    about["layers"] = list(deployed.names)
+    about = {key: value for key, value in describe(network).items() if key != "graph"}
+    about["layers"] = list(network.names)
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as file:
         for name, data in (
             ("about.json", json.dumps(about, indent=1).encode()),
             ("network.bin", bytes(exported.serialize())),
         ):
-            file.writestr(zipfile.ZipInfo(name), data)  # without the time: the same bytes again
+            file.writestr(
+                zipfile.ZipInfo(name), data
+            )  # without the time, so that the bytes are always the same
     write_new(path, content.getvalue(), overwrite=overwrite)
 
 
 class StablehloRunner:
-    """An export, loaded and run: ``runner(images, policy)`` gives logits."""
+    """Runs an export: ``runner(images, policy)`` returns logits."""
 
     def __init__(self, path: str | pathlib.Path):
         """Loads the file.
@@ -86,33 +94,36 @@ class StablehloRunner:
         path = user_path(path)
         try:
             with open_file(path) as file:
-                about, programme = read_parts(file, ("about.json", "network.bin"))
+                about, program = read_parts(file, ("about.json", "network.bin"))
             self.about: dict[str, Any] = parse_json(about)
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
+            raise UserError(f"{path}: no such file", "no-such-file") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+            raise UserError(f"{path}: cannot be read ({reason(error)})", "not-readable") from None
         except ValueError as error:
-            raise UserError(f"{path}: not a StableHLO export, or damaged ({error})") from None
+            raise UserError(
+                f"{path}: not a StableHLO export, or damaged ({error})", "damaged"
+            ) from None
         read = Reader(str(path))
         self.space = read.space(read.field(self.about, "choices", list))
         self.names = read.texts(self.about.get("layers"), "layers")
         self.classes = read.texts(self.about.get("classes"), "classes")
         self.image_shape = read.image_shape(self.about.get("image_shape"))
         try:
-            self._exported = jax.export.deserialize(bytearray(programme))
+            self._exported = jax.export.deserialize(bytearray(program))
             shapes = [tuple(value.shape) for value in self._exported.in_avals]
             shapes += [tuple(value.shape) for value in self._exported.out_avals]
-        except Exception as error:  # whatever jax and flatbuffers make of it
-            line = str(error).partition("\n")[0]
-            raise UserError(f"{path}: not a StableHLO export, or damaged ({line})") from None
+        except Exception as error:  # jax and flatbuffers raise many kinds
+            raise UserError(
+                f"{path}: not a StableHLO export, or damaged ({reason(error)})", "damaged"
+            ) from None
         wanted = [self.image_shape, (len(self.names),), (len(self.classes),)]
         if len(shapes) != 3 or [shapes[0][1:], shapes[1], shapes[2][1:]] != wanted:
-            read.fail("its programme is not what about.json says")
+            read.fail("its program is not what about.json says")
         self._call = jax.jit(self._exported.call)
 
     def __call__(self, images: np.ndarray, policy: Any) -> np.ndarray:
-        """Logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]``.
+        """Computes logits float32 ``[N, K]`` of images uint8 ``[N, H, W, C]``.
 
         Args:
           policy: ``[L]`` widths, or one for all layers.
@@ -126,7 +137,7 @@ class StablehloRunner:
 
 @contextlib.contextmanager
 def _no_locations() -> Iterator[None]:
-    """Keeps lines of source out of what is lowered: they hold paths of the machine."""
+    """Keeps source locations out of the lowered program: they hold paths of this machine."""
     limit = jax.config.values["jax_traceback_in_locations_limit"]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
@@ -140,5 +151,5 @@ def _need_flatbuffers() -> None:
         import flatbuffers  # noqa: F401
     except ImportError:
         raise UserError(
-            "StableHLO needs flatbuffers: pip install 'bitmixer_jax[stablehlo]'"
+            "StableHLO needs flatbuffers: pip install 'bitmixer_jax[stablehlo]'", "not-installed"
         ) from None

@@ -10,10 +10,10 @@ This file stands on its own: it needs torch and safetensors, and the weights.saf
     logits = net(images)                           # uint8 or float [N, C, H, W] in 0..255
 
 A layer quantises its input, convolves whole numbers with whole numbers (exact in float32), and
-applies the folded batch norm of the pair (width of the layer before, own width), rounding once.
+applies the folded batch norm of its pair of widths (predecessor, own), which rounds once.
 
-Numbers keep their own types: net.half(), .bfloat16(), .double() and autocast change no answer, and
-logits are float32 whatever the images are. Devices and memory formats (channels_last) are free.
+net.half(), .bfloat16(), .double() and autocast do not change the types of its numbers or its
+answers: logits are always float32. It runs on any device and in any memory format (channels_last).
 """
 
 import json
@@ -26,7 +26,7 @@ from torch import nn
 
 
 def load(folder="."):
-    """The network whose weights.safetensors lies in ``folder``; the widest width is in force."""
+    """Loads the network in ``folder`` and sets all layers to the widest width."""
     from safetensors import safe_open
 
     path = pathlib.Path(folder) / "weights.safetensors"
@@ -39,22 +39,22 @@ def load(folder="."):
 
 
 def levels(bits, signed):
-    """Smallest and largest code of a width."""
+    """Returns the smallest and the largest code of a width."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def once(multiplier, sums, offset):
-    """multiplier * sums + offset, rounded once."""
+    """Returns multiplier * sums + offset, rounded once."""
     return (multiplier.double() * sums.double() + offset.double()).float()
 
 
 def plain(value):
-    """Arrays and tensors of any kind as Python's own numbers and lists."""
+    """Turns arrays and tensors of any kind into Python's numbers and lists."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def whole(value):
-    """A width as an int; raises ValueError for what is no whole number."""
+    """Returns a width as an int; raises ValueError if it is not a whole number."""
     value = plain(value)
     if not isinstance(value, bool):
         try:
@@ -68,22 +68,21 @@ class Kernel(nn.Module):
     """A convolution of whole numbers.
 
     Buffers: codes int8 [S, O, I, kh, kw], S = 1 if one set of integers serves all widths;
-    multiplier and offset float32 [P, n, O]; count int32 [P, n], training steps that visited each
-    pair.
+    multiplier and offset float32 [P, n, O]; count int32 [P, n], training steps that used each pair.
     """
 
-    def __init__(self, info, choices, before, kind):
+    def __init__(self, info, choices, rows, kind):
         super().__init__()
         _, (kh, kw, c_in, c_out), self.strides, self.padding, self.groups = info
         self.choices, self.kind = choices, kind
         n, sets = len(choices), len(choices) if kind == "independent" else 1
         self.register_buffer("codes", torch.zeros(sets, c_out, c_in, kh, kw, dtype=torch.int8))
         for name in ("multiplier", "offset"):
-            self.register_buffer(name, torch.zeros(before, n, c_out, dtype=torch.float32))
-        self.register_buffer("count", torch.zeros(before, n, dtype=torch.int32))
+            self.register_buffer(name, torch.zeros(rows, n, c_out, dtype=torch.float32))
+        self.register_buffer("count", torch.zeros(rows, n, dtype=torch.int32))
 
     def weight(self, own):
-        """Weights float32 [O, I, kh, kw] at a width: whole numbers, or halves between them."""
+        """Returns weights float32 [O, I, kh, kw] at a width: whole numbers or halves."""
         if self.kind == "independent":
             return self.codes[own].float()
         widest, bits = self.choices[-1], self.choices[own]
@@ -92,38 +91,38 @@ class Kernel(nn.Module):
             return (codes >> shift).float() + 0.5
         return ((codes + ((1 << shift) >> 1)) >> shift).clamp(max=2 ** (bits - 1) - 1).float()
 
-    def forward(self, codes, previous, own):
-        """Real-valued [N, O, H', W'] of codes [N, I * groups, H, W]."""
+    def forward(self, codes, predecessor, own):
+        """Returns real values [N, O, H', W'] of codes [N, I * groups, H, W]."""
         (top, bottom), (left, right) = self.padding
         codes = F.pad(codes, (left, right, top, bottom))
         sums = F.conv2d(codes, self.weight(own), stride=self.strides, groups=self.groups)
-        row = previous if len(self.count) > 1 else 0
+        row = predecessor if len(self.count) > 1 else 0
         shape = (1, -1, 1, 1)
         multiplier, offset = self.multiplier[row, own], self.offset[row, own]
         return once(multiplier.view(shape), sums, offset.view(shape))
 
 
 class Layer(nn.Module):
-    """A quantised layer: its input is quantised once, each kernel reads the codes.
+    """A quantised layer: its input is quantised once, and each kernel reads the codes.
 
     Buffer: step float32 [n], the step size of the input at each width.
     """
 
     def __init__(self, info, choices, transitional, kind):
         super().__init__()
-        self.name, self.previous, self.signed = info["name"], info["previous"], info["signed"]
+        self.name, self.predecessor, self.signed = info["name"], info["previous"], info["signed"]
         self.choices = choices
-        before = len(choices) if transitional and self.previous >= 0 else 1
+        rows = len(choices) if transitional and self.predecessor >= 0 else 1
         self.register_buffer("step", torch.ones(len(choices), dtype=torch.float32))
         self.kernels = [kernel[0] for kernel in info["kernels"]]
         for kernel in info["kernels"]:
-            self.add_module(kernel[0], Kernel(kernel, choices, before, kind))
+            self.add_module(kernel[0], Kernel(kernel, choices, rows, kind))
 
-    def forward(self, x, previous, own):
-        """A tuple of one output for each kernel."""
+    def forward(self, x, predecessor, own):
+        """Returns a tuple of one output for each kernel."""
         low, high = levels(self.choices[own], self.signed)
         codes = torch.round(x * (1 / self.step[own])).clamp(low, high)
-        return tuple(getattr(self, name)(codes, previous, own) for name in self.kernels)
+        return tuple(getattr(self, name)(codes, predecessor, own) for name in self.kernels)
 
 
 class FloatStem(nn.Module):
@@ -137,7 +136,7 @@ class FloatStem(nn.Module):
             self.register_buffer(name, torch.zeros(c_out, dtype=torch.float32))
 
     def forward(self, x):
-        """[N, O, H', W'] of normalised images."""
+        """Returns [N, O, H', W'] of normalised images."""
         (top, bottom), (left, right) = self.padding
         x = F.pad(x, (left, right, top, bottom)).double()
         sums = F.conv2d(x, self.kernel.double(), stride=self.strides, groups=self.groups).float()
@@ -145,7 +144,7 @@ class FloatStem(nn.Module):
 
 
 class SwitchableNetwork(nn.Module):
-    """The network that ``description`` tells of; see the top of the file.
+    """The network that ``description`` describes; see the top of the file.
 
     Attributes:
       choices: widths that a layer may take.
@@ -166,15 +165,15 @@ class SwitchableNetwork(nn.Module):
         )
         self.layer_names = tuple(layer.name for layer in self.layers)
         features, classes = description["features"], len(self.classes)
-        self.real_ends = description["ends"] == "float"
-        if self.real_ends:
+        self.real_first_last = description["ends"] == "float"
+        if self.real_first_last:
             self.stem = FloatStem(description["stem"])
         else:
             stem = {"name": "stem", "previous": -1, "signed": True}
             stem["kernels"] = [description["stem"]]
             self.stem = Layer(stem, (8,), False, "independent")
             self.register_buffer("head_steps", torch.ones(2, dtype=torch.float32))
-        dtype = torch.float32 if self.real_ends else torch.int8
+        dtype = torch.float32 if self.real_first_last else torch.int8
         self.register_buffer("head_kernel", torch.zeros(features, classes, dtype=dtype))
         self.register_buffer("head_bias", torch.zeros(classes, dtype=torch.float32))
         for name in ("mean", "std"):
@@ -183,13 +182,13 @@ class SwitchableNetwork(nn.Module):
         self._indices = (len(self.choices) - 1,) * len(self.layers)
 
     def _apply(self, fn, recurse=True):
-        """Moves buffers to a device or memory format, as PyTorch asks; their types stay.
+        """Moves buffers to a device or memory format, as PyTorch asks, but keeps their types.
 
-        A multiplier of 16 bits would be another network.
+        With multipliers of 16 bits it would be another network.
         """
 
         def move(tensor):
-            # Codes [S, O, I, kh, kw] are placed as S * O kernels: formats are of four dimensions.
+            # Memory formats have four dimensions: codes [S, O, I, kh, kw] become S * O kernels.
             moved = fn(tensor.flatten(0, 1)) if tensor.dim() == 5 else fn(tensor)
             if moved.dtype != tensor.dtype:
                 return tensor.to(moved.device)
@@ -199,17 +198,17 @@ class SwitchableNetwork(nn.Module):
 
     @property
     def policy(self):
-        """The widths in force, by layer."""
+        """The current width of each layer."""
         return tuple(self.choices[i] for i in self._indices)
 
     def set_policy(self, widths):
-        """Puts widths in force: one for all, one per layer, or a dict of those that change.
+        """Sets the widths: one for all layers, one for each, or a dict of those that change.
 
         Widths are whole numbers of Python, numpy or PyTorch; a sequence of them may be a tensor.
 
         Raises:
-          ValueError: an unknown layer or width, the wrong number of them, what is no whole number,
-            or a pair of widths that training never visited, whose batch norm is unknown.
+          ValueError: an unknown layer or width, the wrong number of widths, a width that is not a
+            whole number, or a pair of widths that training never used: its batch norm is unknown.
         """
         widths = plain(widths)
         if isinstance(widths, int):
@@ -232,7 +231,7 @@ class SwitchableNetwork(nn.Module):
         for layer, own in zip(self.layers, indices, strict=True):
             for name in layer.kernels:
                 count = getattr(layer, name).count
-                row = indices[layer.previous] if len(count) > 1 else 0
+                row = indices[layer.predecessor] if len(count) > 1 else 0
                 if count[row, own] == 0:
                     raise ValueError(
                         f"{layer.name}: {self.choices[own]} bits after {self.choices[row]} was "
@@ -241,11 +240,11 @@ class SwitchableNetwork(nn.Module):
         self._indices = indices
 
     def forward(self, images):
-        """Logits float32 [N, K] of images uint8 or float [N, C, H, W] in 0..255."""
+        """Returns logits float32 [N, K] of images uint8 or float [N, C, H, W] in 0..255."""
         return self.tensors(images)[self.graph[-1][2][0]]
 
     def tensors(self, images):
-        """Every tensor of the network by name; the last node of the graph makes the logits."""
+        """Returns every tensor of the network by name; the last node gives the logits."""
         # Autocast would sum whole numbers in 16 bits.
         with torch.autocast(images.device.type, enabled=False):
             return self._tensors(images)
@@ -261,12 +260,12 @@ class SwitchableNetwork(nn.Module):
         for op, inputs, outputs, *extra in self.graph:
             x, *more = (values[name] for name in inputs)
             if op == "stem":
-                made = self.stem(x) if self.real_ends else self.stem(x, 0, 0)
+                made = self.stem(x) if self.real_first_last else self.stem(x, 0, 0)
             elif op == "layer":
                 i = place[extra[0]]
                 layer = self.layers[i]
-                previous = self._indices[layer.previous] if layer.previous >= 0 else 0
-                made = layer(x, previous, self._indices[i])
+                predecessor = self._indices[layer.predecessor] if layer.predecessor >= 0 else 0
+                made = layer(x, predecessor, self._indices[i])
             elif op == "relu":
                 made = F.relu(x)
             elif op == "relu6":
@@ -285,9 +284,9 @@ class SwitchableNetwork(nn.Module):
         return values
 
     def head(self, x):
-        """Logits of the last tensor."""
+        """Returns the logits of the last tensor."""
         pooled = x.mean((2, 3))
-        if self.real_ends:
+        if self.real_first_last:
             return pooled @ self.head_kernel + self.head_bias
         low, high = levels(8, False)
         codes = torch.round(pooled * (1 / self.head_steps[0])).clamp(low, high)

@@ -1,4 +1,4 @@
-"""Verification: an export runs in its own engine and is compared with the network it came from."""
+"""Verification: runs an export in its own engine and compares it with the network it came from."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Engine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """What an engine may differ by.
+    """How much the answers of an engine may differ.
 
-    Engines round real-valued arithmetic (stem, norms) in ways of their own. Nearly always that
-    stays below ``logits``; but now and then a value at the border between two codes takes the other
-    code, and the logits of that image differ visibly. So a share of images may differ by more.
+    Engines round real-valued arithmetic (stem, norms) differently. Nearly always logits differ by
+    less than ``logits``. But sometimes a value at the border between two codes gets the other code,
+    and the logits of that image differ visibly. So a share of images may differ by more.
 
     Attributes:
       logits: largest absolute difference of an image that counts as equal.
       share: largest share of images, over all policies, that may differ by more.
-      agreement: least share of images, over all policies, with the same top-1 class.
+      agreement: smallest share of images, over all policies, with the same top-1 class.
     """
 
     logits: float = 1e-4
@@ -46,6 +46,8 @@ def compare(
     Args:
       reference, engine: functions of (images uint8 ``[N, H, W, C]``, policy int32 ``[L]``) that
         return logits float32 ``[N, K]``.
+      images: uint8 ``[N, H, W, C]``.
+      policies: M of them, ``[L]`` each.
 
     Returns:
       largest difference of a logit, float64 ``[M, N]`` (infinite where there is no finite answer),
@@ -71,13 +73,15 @@ def verify(
     policies: Sequence[np.ndarray],
     tolerance: Tolerance,
 ) -> dict[str, Any]:
-    """Compares an export with its network and judges.
+    """Compares an export with its network, within a tolerance.
 
     Args:
-      what: names the engine.
+      what: name of the engine.
+      reference, engine, images, policies: as in `compare`.
+      tolerance: how much answers may differ.
 
     Returns:
-      the report, a JSON tree, with "passed".
+      the report, a JSON tree; its key "passed" says whether they agree.
     """
     errors, same = compare(reference, engine, images, policies)
     above = errors > tolerance.logits
@@ -106,12 +110,12 @@ def _figures(errors: np.ndarray, above: np.ndarray, same: np.ndarray) -> dict[st
 
 
 def _number(value: Any) -> float | str:
-    """JSON has no infinity."""
+    """Returns a number for JSON, which has no infinity."""
     return float(value) if np.isfinite(value) else "not finite"
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """One line for people."""
+    """Returns a line that says what a report found."""
     error = report["max_error"]
     shown = error if isinstance(error, str) else f"{error:.2g}"
     verdict = "verified" if report["passed"] else "MISMATCH"
@@ -126,4 +130,4 @@ def summary(report: Mapping[str, Any]) -> str:
 def require(report: Mapping[str, Any]) -> None:
     """Raises UserError if the report says that the export differs."""
     if not report["passed"]:
-        raise UserError(f"export: {summary(report)}; nothing was written")
+        raise UserError(f"export: {summary(report)}; nothing was written", "mismatch")

@@ -1,17 +1,18 @@
-"""Model families, by name."""
+"""The model families, and `create_model`, which builds one by its name."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from bitmixer_jax.bits import BitSpace, closest
+from bitmixer_jax.deprecated import MODEL_SETTINGS, new_keys
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
-from bitmixer_jax.layers import Quantization
+from bitmixer_jax.layers import QuantConfig
 from bitmixer_jax.models.mobilenet import MobileNetV2
 from bitmixer_jax.models.network import Network
 from bitmixer_jax.models.resnet import ResNet
+from bitmixer_jax.policy import BitSpace, closest
 
 __all__ = ["MODELS", "KernelInfo", "LayerInfo", "Network", "create_model"]
 
@@ -44,30 +45,46 @@ def create_model(
     Args:
       name: one of ``MODELS``: "resnet8" (small, for CPUs), "resnet20", "resnet32", "resnet56"
         (CIFAR); "resnet18", "resnet34", "resnet50", "mobilenetv2" (ImageNet).
-      num_classes: width of the head.
-      space: widths each layer may take; None builds the float twin.
-      settings: attributes of the family (``image_shape``, ``width``, ``stem_strides``, ``ends``,
-        ...) and of `Quantization` (``weight_kind``, ``norm``, ``compute_dtype``, ...).
+      num_classes: number of logits.
+      space: widths that each layer may take; None builds the full-precision baseline.
+      settings: attributes of the family (``image_shape``, ``width``, ``stem_strides``,
+        ``first_last_layers``, ...) and of `QuantConfig` (``weight_quantizer``, ``norm``,
+        ``compute_dtype``, ...).
+
+    Returns:
+      a Linen module; `Network` says how it is called.
 
     Raises:
       UserError: unknown name or setting.
+
+    Examples:
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet20", num_classes=10, weight_quantizer="double")
+      >>> model.num_layers, model.names[0], model.space.choices
+      (18, 'stage1.block1.conv1', (2, 3, 4))
     """
     if name not in MODELS:
         raise UserError(
-            f"model {name!r}: unknown{closest(name, list(MODELS))} (one of {', '.join(MODELS)})"
+            f"model {name!r}: unknown{closest(name, list(MODELS))} (one of {', '.join(MODELS)})",
+            "unknown-name",
         )
     family, defaults = MODELS[name]
-    of_quant = {f.name for f in dataclasses.fields(Quantization)} - {"space"}
+    settings = new_keys(settings, MODEL_SETTINGS)
+    of_quant = {f.name for f in dataclasses.fields(QuantConfig)} - {"space"}
     of_family = {f.name for f in dataclasses.fields(family)} - {"parent", "name", "quant"}
     for setting in settings:
         if setting not in of_quant | of_family:
             known = sorted(of_quant | of_family)
             raise UserError(
                 f"model {name!r}: unknown setting {setting!r}{closest(setting, known)}"
-                f" (one of {', '.join(known)})"
+                f" (one of {', '.join(known)})",
+                "unknown-name",
             )
-    quant = Quantization(space=space, **{k: v for k, v in settings.items() if k in of_quant})
-    if settings.get("ends", "float") not in ("float", "int8"):
-        raise UserError(f'model {name!r}: ends = {settings["ends"]!r}; choose "float" or "int8"')
+    quant = QuantConfig(space=space, **{k: v for k, v in settings.items() if k in of_quant})
+    if settings.get("first_last_layers", "float") not in ("float", "int8"):
+        raise UserError(
+            f"model {name!r}: first_last_layers = {settings['first_last_layers']!r}; "
+            'choose "float" or "int8"'
+        )
     own = {k: v for k, v in settings.items() if k in of_family}
     return family(**{**defaults, "num_classes": num_classes, "quant": quant, **own})

@@ -1,7 +1,6 @@
-"""How a network is wired: a short list of nodes that every engine walks through.
+"""How the layers of a network are connected: a list of nodes.
 
-The Flax model, the integer engine and the exports all read this one description, so that none of
-them repeats how blocks are connected.
+The Flax model, the integer engine and the exports all run this one list.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One step of a network.
+    """One operation of a network.
 
     ==========  ==========================================================================
     stem        first convolution and its norm
@@ -24,15 +23,15 @@ class Node:
     relu        max(x, 0)
     relu6       min(max(x, 0), 6)
     max_pool    3x3 windows of stride 2, padded by 1
-    shortcut    every ``stride``-th pixel, with zero channels behind it up to ``channels``
+    shortcut    every ``stride``-th pixel, and zero channels added, ``channels`` in all
     add         sum of two tensors
     head        average over all pixels, and the last linear layer: the logits
     ==========  ==========================================================================
 
     Attributes:
       op: one of OPS.
-      inputs: names of the tensors it reads; the first of all is "images".
-      outputs: names of the tensors it makes.
+      inputs: names of the tensors that it reads; "images" are the input of the network.
+      outputs: names of the tensors that it computes.
       layer: name of the layer, for op "layer".
       stride, channels: for op "shortcut".
     """
@@ -45,31 +44,35 @@ class Node:
     channels: int = 0
 
 
-class Wiring:
-    """Builds a list of nodes: each call adds one and returns the name of what it makes."""
+class GraphBuilder:
+    """Builds a list of nodes."""
 
     def __init__(self) -> None:
         """Starts with no nodes."""
         self.nodes: list[Node] = []
 
     def add(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        """Adds a node; returns the name of its output, or a tuple of them."""
+        """Adds a node and returns the name of its output, or a tuple of names."""
         first = len(self.nodes)
         names = tuple(f"t{first}" if i == 0 else f"t{first}.{i}" for i in range(outputs))
         self.nodes.append(Node(op, inputs, names, **attributes))
         return names[0] if outputs == 1 else names
 
 
-def walk(
+def run_graph(
     graph: Sequence[Node],
     images: Value,
     ops: Mapping[str, Callable[..., Any]],
 ) -> dict[str, Value]:
-    """Runs a network: every tensor by name; the last node's output is the logits.
+    """Runs a network.
 
     Args:
-      images: what the name "images" stands for.
-      ops: by op, a function of (node, *inputs) that returns the output, or a tuple of them.
+      graph: its nodes, in order.
+      images: the value of the tensor "images".
+      ops: by op, a function of (node, *inputs) that returns the output, or a tuple of outputs.
+
+    Returns:
+      every tensor by name; the output of the last node is the logits.
     """
     tensors: dict[str, Value] = {"images": images}
     for node in graph:

@@ -6,7 +6,7 @@ import functools
 import itertools
 
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo, conv_info
-from bitmixer_jax.models.graph import Node, Wiring
+from bitmixer_jax.models.graph import GraphBuilder, Node
 from bitmixer_jax.models.network import Network
 
 # (expansion, channels, blocks, strides) of each stage: table 2 of the paper.
@@ -22,7 +22,7 @@ _STAGES = (
 
 
 class MobileNetV2(Network):
-    """MobileNetV2. Inputs of an expansion are bottlenecks, of both signs: a signed grid.
+    """MobileNetV2. The input of an expansion is a linear bottleneck with both signs: a signed grid.
 
     Attributes:
       multiplier: of the channels; each count is rounded to a multiple of 8.
@@ -46,19 +46,19 @@ class MobileNetV2(Network):
     @property
     def graph(self) -> tuple[Node, ...]:
         """See Network.graph."""
-        wiring = Wiring()
-        x = wiring.add("relu6", wiring.add("stem", "images"))
+        graph = GraphBuilder()
+        x = graph.add("relu6", graph.add("stem", "images"))
         for _, block in itertools.groupby(self.layers, key=lambda layer: layer.block):
             y = x
             for layer in (members := tuple(block)):
-                y = wiring.add("layer", y, layer=layer.name)
+                y = graph.add("layer", y, layer=layer.name)
                 if not layer.name.endswith("project"):
-                    y = wiring.add("relu6", y)
+                    y = graph.add("relu6", y)
             inside = members[-1].name.endswith("project")
             same = members[0].input == members[-1].kernels[0].output
-            x = wiring.add("add", x, y) if inside and same else y
-        wiring.add("head", x)
-        return tuple(wiring.nodes)
+            x = graph.add("add", x, y) if inside and same else y
+        graph.add("head", x)
+        return tuple(graph.nodes)
 
 
 def _channels(channels: int, multiplier: float) -> int:
@@ -69,7 +69,7 @@ def _channels(channels: int, multiplier: float) -> int:
 
 @functools.cache
 def _layers(shape: tuple[int, int, int], multiplier: float) -> tuple[LayerInfo, ...]:
-    """The table of a network whose stem gives ``shape``."""
+    """Returns the layer table of a network whose stem has the output ``shape``."""
     layers: list[LayerInfo] = []
 
     def add(name: str, block: int, features: int, kernel: int, strides: int, signed: bool) -> None:
@@ -81,7 +81,7 @@ def _layers(shape: tuple[int, int, int], multiplier: float) -> tuple[LayerInfo, 
                 name=name,
                 kind="depthwise" if depthwise else "conv",
                 kernels=(conv,),
-                previous=len(layers) - 1,
+                predecessor=len(layers) - 1,
                 block=block,
                 signed=signed,
                 input=shape,
@@ -95,7 +95,7 @@ def _layers(shape: tuple[int, int, int], multiplier: float) -> tuple[LayerInfo, 
             name = f"stage{stage}.block{number}"
             strides = stage_strides if number == 1 else 1
             inner = shape[-1] * expansion
-            if expansion > 1:  # its input is the bottleneck of the block before
+            if expansion > 1:  # its input is the bottleneck of the block in front
                 add(f"{name}.expand", block, inner, 1, 1, signed=True)
             add(f"{name}.depthwise", block, inner, 3, strides, signed=False)
             add(f"{name}.project", block, _channels(channels, multiplier), 1, 1, signed=False)

@@ -1,4 +1,4 @@
-"""What every switchable network shares: the layer table, policies as arguments, float ends."""
+"""Network, the base of the model families: the layer table, and policies as arguments."""
 
 from __future__ import annotations
 
@@ -11,58 +11,71 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitmixer_jax.bits import BitSpace
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo
 from bitmixer_jax.layers import (
     QuantActivation,
+    QuantConfig,
     QuantDense,
-    Quantization,
     QuantLayer,
 )
-from bitmixer_jax.models.graph import Node, walk
+from bitmixer_jax.models.graph import Node, run_graph
+from bitmixer_jax.policy import BitSpace
+from bitmixer_jax.quantizers import FIRST_LAST_QUANTIZER
 
 Selection = Literal["layer", "block"]
 
 
 class Network(nn.Module):
-    """Base of the model families: ``logits = model.apply(variables, images, bits=policy)``.
+    """A network whose layers change their bit-width at runtime. Base of the model families.
+
+    ``logits = model.apply(variables, images, bits=policy)``. `create_model` builds one.
 
     Attributes:
-      num_classes: width of the head.
+      num_classes: number of logits.
       image_shape: ``(H, W, C)`` of one image.
       quant: what is quantised, and how.
-      ends: "float" (the protocol of the paper's peers) or "int8": stem and head at a fixed 8 bits.
+      first_last_layers: "float", real-valued as in the paper's peers, or "int8", at a fixed 8 bits:
+        the stem (first convolution) and the head (last linear layer).
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import bitmixer_jax as bm
+      >>> model = bm.create_model("resnet8", num_classes=10, image_shape=(8, 8, 3), width=4)
+      >>> images, policy = jnp.zeros((2, 8, 8, 3)), jnp.array([4, 3, 2, 2, 3, 4])
+      >>> jax.eval_shape(model.init_with_output, jax.random.key(0), images, policy)[0].shape
+      (2, 10)
     """
 
     num_classes: int = 10
     image_shape: tuple[int, int, int] = (32, 32, 3)
-    quant: Quantization = Quantization()
-    ends: str = "float"
+    quant: QuantConfig = QuantConfig()
+    first_last_layers: str = "float"
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
-        """One LayerInfo per quantised layer, in the order in which data meets them."""
+        """The layer table: a LayerInfo for each element of a policy."""
         raise NotImplementedError("each model family describes its layers")
 
     @property
     def graph(self) -> tuple[Node, ...]:
-        """How layers are connected, from "images" to the logits."""
-        raise NotImplementedError("each model family describes its wiring")
+        """How layers are connected, from the images to the logits."""
+        raise NotImplementedError("each model family describes its graph")
 
     @property
     def stem_conv(self) -> KernelInfo:
-        """The first convolution, which has no width of its own."""
+        """The first convolution, whose width is fixed."""
         raise NotImplementedError("each model family describes its stem")
 
     @property
     def stem_info(self) -> LayerInfo:
-        """The stem as a layer: it is described as the others are, but is not in the table."""
+        """The stem, described as a layer; it is not in the layer table."""
         return LayerInfo(
             name="stem",
             kind="conv",
             kernels=(self.stem_conv,),
-            previous=-1,
+            predecessor=-1,
             block=-1,
             signed=True,  # normalised images
             input=self.image_shape,
@@ -70,17 +83,17 @@ class Network(nn.Module):
 
     @property
     def features(self) -> int:
-        """Inputs of the head, after pooling."""
+        """Number of inputs of the head, after pooling."""
         return self.layers[-1].kernels[0].output[-1]
 
     @property
     def num_layers(self) -> int:
-        """L, the length of a policy."""
+        """Number of layers L: the length of a policy."""
         return len(self.layers)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """``[L]`` layer names, as policy files spell them."""
+        """The ``[L]`` layer names, as in policy files."""
         return tuple(layer.name for layer in self.layers)
 
     @property
@@ -88,14 +101,23 @@ class Network(nn.Module):
         """The widths of this network.
 
         Raises:
-          UserError: this is a float twin, which has none.
+          UserError: this is a full-precision baseline, which has none.
         """
         if self.quant.space is None:
-            raise UserError("a float twin has no bit-widths; use the network it was made from")
+            raise UserError(
+                "a full-precision baseline has no bit-widths; use the network that it belongs to",
+                "no-widths",
+            )
         return self.quant.space
 
     def groups(self, selection: Selection = "layer") -> tuple[int, ...]:
-        """``[L]`` which layers draw a width together: each alone, or all of a block.
+        """Returns which layers draw a width together: the number of its group for each layer.
+
+        Args:
+          selection: "layer" (each alone) or "block" (all of a block).
+
+        Returns:
+          ``[L]`` ints.
 
         Raises:
           UserError: selection is neither "layer" nor "block".
@@ -106,21 +128,21 @@ class Network(nn.Module):
             return tuple(layer.block for layer in self.layers)
         raise UserError(f'selection: got {selection!r}; choose "layer" or "block"')
 
-    def float_twin(self) -> Network:
-        """The same network with quantisation off and one plain BN per kernel."""
-        return self.clone(quant=self.quant.float_twin())
+    def baseline(self) -> Network:
+        """Returns the full-precision baseline: not quantised, one plain BN for each kernel."""
+        return self.clone(quant=self.quant.baseline())
 
-    def end_quant(self) -> Quantization:
-        """Quantization of stem and head: off, or one fixed width of 8 bits."""
+    def first_last_quant(self) -> QuantConfig:
+        """Returns the QuantConfig of stem and head: not quantised, or a fixed width of 8 bits."""
         if self.quant.space is None:
             return self.quant
-        if self.ends == "float":  # real values: bfloat16 is exact for codes only
-            return dataclasses.replace(self.quant.float_twin(), compute_dtype="float32")
-        return Quantization(
+        if self.first_last_layers == "float":  # real values: bfloat16 is exact for codes only
+            return dataclasses.replace(self.quant.baseline(), compute_dtype="float32")
+        return QuantConfig(
             space=BitSpace((8,)),
             activations=self.quant.activations,
             weights=self.quant.weights,
-            weight_kind="independent",
+            weight_quantizer=FIRST_LAST_QUANTIZER,
             norm="per_width",
             momentum=self.quant.momentum,
             epsilon=self.quant.epsilon,
@@ -129,11 +151,11 @@ class Network(nn.Module):
         )
 
     def indices(self, bits: Any) -> tuple[Any, jax.Array | None]:
-        """Turns a policy into one index per layer.
+        """Turns a policy into an index for each layer.
 
         Args:
           bits: static widths (a tuple or list of ints), or an int32 array ``[L]``, which may be
-            traced. Ignored by a float twin.
+            traced. A baseline ignores it.
 
         Returns:
           ``[L]`` indices (ints if static), and whether all traced widths are valid (else None).
@@ -145,7 +167,8 @@ class Network(nn.Module):
             return (0,) * self.num_layers, None
         if bits is None:
             raise UserError(
-                "bits: give a policy, one width per layer, such as model.space.uniform(...)"
+                "bits: give a policy, one width per layer, such as model.space.uniform(...)",
+                "missing-value",
             )
         if isinstance(bits, tuple | list):
             widths = self.space.check(bits, self.num_layers)
@@ -155,7 +178,8 @@ class Network(nn.Module):
         bits = np.asarray(bits) if isinstance(bits, int) else bits
         if bits.shape != (self.num_layers,):
             raise UserError(
-                f"bits: shape {bits.shape}; give one width per layer, ({self.num_layers},)"
+                f"bits: shape {bits.shape}; give one width per layer, ({self.num_layers},)",
+                "policy-length",
             )
         if not isinstance(bits, jax.core.Tracer):
             self.space.check(bits, self.num_layers)
@@ -163,47 +187,54 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, bits: Any = None, train: bool = False) -> jax.Array:
-        """Returns logits float32 ``[N, num_classes]``.
+        """Computes the logits of images under a policy.
 
         Args:
           images: float32 ``[N, H, W, C]``, normalised.
-          bits: policy ``[L]``: a tuple of ints (static) or an int32 array (data, may be traced).
+          bits: policy ``[L]`` of widths: a tuple of ints (static: compiled for it alone), or an
+            int32 array (may be traced: one program serves all policies).
           train: use batch statistics, and update the running ones (collection ``batch_stats``).
+
+        Returns:
+          float32 ``[N, num_classes]``; NaN if a traced width is not one of the choices.
 
         Raises:
           UserError: images or policy do not fit the network.
         """
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
             raise UserError(
-                f"images: shape {images.shape}; this network takes (N, {self.image_shape})"
+                f"images: shape {images.shape}; this network takes (N, {self.image_shape})",
+                "bad-shape",
             )
         indices, valid = self.indices(bits)
         table = {layer.name: (place, layer) for place, layer in enumerate(self.layers)}
 
         def stem(node: Node, x: jax.Array) -> jax.Array:
-            return QuantLayer(self.stem_info, self.end_quant(), name="stem")(x, 0, 0, train)[0]
+            return QuantLayer(self.stem_info, self.first_last_quant(), name="stem")(x, 0, 0, train)[
+                0
+            ]
 
         def layer(node: Node, x: jax.Array) -> tuple[jax.Array, ...]:
             place, info = table[node.layer]
-            previous = indices[info.previous] if info.previous >= 0 else 0
+            rows = info.norm_rows(self.quant.n, self.quant.norm)
             run = QuantLayer(info, self.quant, name=info.name)
-            return run(x, previous, indices[place], train)
+            return run(x, info.norm_row(indices, rows), indices[place], train)
 
         ops = {**REAL_OPS, "stem": stem, "layer": layer, "head": lambda node, x: self._head(x)}
-        logits = walk(self.graph, images, ops)[self.graph[-1].outputs[0]]
-        # Traced widths cannot raise: an unknown one must not pass for an answer.
+        logits = run_graph(self.graph, images, ops)[self.graph[-1].outputs[0]]
+        # A traced width cannot raise an error: NaN shows that it is not one of the choices.
         return logits if valid is None else jnp.where(valid, logits, jnp.nan)
 
     def _head(self, x: jax.Array) -> jax.Array:
-        """Global average pooling and the last linear layer."""
-        quant = self.end_quant()
+        """Averages over all pixels and applies the last linear layer."""
+        quant = self.first_last_quant()
         pooled = jnp.mean(x, (1, 2))
-        codes, step = QuantActivation(quant, name="head_input")(pooled, 0)
-        return QuantDense(quant, features=self.num_classes, name="head")(codes, step, 0)
+        codes, step_size = QuantActivation(quant, name="head_input")(pooled, 0)
+        return QuantDense(quant, features=self.num_classes, name="head")(codes, step_size, 0)
 
 
 def _shortcut(node: Node, x: jax.Array) -> jax.Array:
-    """Every second pixel with zero channels behind it (option A of He et al.)."""
+    """Takes every ``stride``-th pixel and adds zero channels (option A of He et al.)."""
     more = node.channels - x.shape[-1]
     return jnp.pad(x[:, :: node.stride, :: node.stride], ((0, 0), (0, 0), (0, 0), (0, more)))
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 
 from bitmixer_jax.layer_table import KernelInfo, LayerInfo, conv_info
-from bitmixer_jax.models.graph import Node, Wiring
+from bitmixer_jax.models.graph import GraphBuilder, Node
 from bitmixer_jax.models.network import Network
 
 
@@ -51,26 +51,26 @@ class ResNet(Network):
     @property
     def graph(self) -> tuple[Node, ...]:
         """See Network.graph."""
-        wiring = Wiring()
-        x = wiring.add("relu", wiring.add("stem", "images"))
+        graph = GraphBuilder()
+        x = graph.add("relu", graph.add("stem", "images"))
         if self.stem_pool:
-            x = wiring.add("max_pool", x)
+            x = graph.add("max_pool", x)
         for _, block in itertools.groupby(self.layers, key=lambda layer: layer.block):
             first, *rest = block
             kernels = len(first.kernels)
-            y = wiring.add("layer", x, layer=first.name, outputs=kernels)
+            y = graph.add("layer", x, layer=first.name, outputs=kernels)
             y, projected = y if kernels == 2 else (y, None)
             for layer in rest:
-                y = wiring.add("layer", wiring.add("relu", y), layer=layer.name)
+                y = graph.add("layer", graph.add("relu", y), layer=layer.name)
             if projected is None:
                 projected = x
                 stride = -(-first.input[0] // rest[-1].kernels[0].output[0])
                 channels = rest[-1].kernels[0].output[-1]
                 if stride > 1 or channels != first.input[-1]:
-                    projected = wiring.add("shortcut", x, stride=stride, channels=channels)
-            x = wiring.add("relu", wiring.add("add", y, projected))
-        wiring.add("head", x)
-        return tuple(wiring.nodes)
+                    projected = graph.add("shortcut", x, stride=stride, channels=channels)
+            x = graph.add("relu", graph.add("add", y, projected))
+        graph.add("head", x)
+        return tuple(graph.nodes)
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def _layers(
     stem_pool: bool,
     projection: bool,
 ) -> tuple[LayerInfo, ...]:
-    """The table of a network whose stem gives ``shape``."""
+    """Returns the layer table of a network whose stem has the output ``shape``."""
     if stem_pool:
         shape = conv_info("conv", shape, width, 3, 2).output
     layers: list[LayerInfo] = []
@@ -90,7 +90,7 @@ def _layers(
     for stage, size in enumerate(stage_sizes, start=1):
         inner = width * 2 ** (stage - 1)
         outer = inner * 4 if bottleneck else inner
-        # (features, kernel size) of each convolution of a block; the 3x3 first met has the stride.
+        # (features, kernel size) of each convolution of a block; the first 3x3 has the stride.
         convs = [(inner, 1), (inner, 3), (outer, 1)] if bottleneck else [(inner, 3), (outer, 3)]
         for number, block in zip(range(1, size + 1), blocks, strict=False):
             strides = 2 if stage > 1 and number == 1 else 1
@@ -108,7 +108,7 @@ def _layers(
                         name=f"stage{stage}.block{number}.conv{i + 1}",
                         kind="conv",
                         kernels=tuple(kernels),
-                        previous=len(layers) - 1,
+                        predecessor=len(layers) - 1,
                         block=block,
                         signed=False,
                         input=shape,

@@ -1,4 +1,4 @@
-"""Greedy descent from the widest policy, as Bit-Mixer chooses its sub-networks (reported)."""
+"""Greedy descent from the widest policy, as Bit-Mixer finds its sub-networks (reported)."""
 
 from __future__ import annotations
 
@@ -12,30 +12,40 @@ from bitmixer_jax.search.problem import Problem
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Greedy:
-    """All layers widest; then repeatedly the next narrower width that loses least per bit saved.
+    """Starts from the widest policy and lowers one group of layers at a time.
 
-    "Bit saved" is whatever the budget limits (`Problem.saving`). Without a budget it goes on until
-    all layers are narrowest, and the policies on the way are a front.
+    Each step gives one group its next narrower width. It takes the group g with the least
+
+      (loss after g is lowered - loss now) / (cost that this saves)
+
+    until the policy fits the budget, or until no step saves cost. The cost is that of the
+    constraints that are not met yet (`Problem.saving`). Without a budget, the search continues to
+    the narrowest policy, and the front is found among all policies on the way.
+
+    That Bit-Mixer searches greedily is reported. This ratio is our reading.
+
+    `search.search` has an example.
+
+    Reference: Bulat and Tzimiropoulos, Bit-Mixer, ICCV 2021.
     """
 
     def evaluations(self, problem: Problem) -> int:
-        """Policies that it will ask for, at most."""
-        steps = problem.size * (problem.space.n - 1)
-        # Step k chooses among the groups that are not narrowest yet; the last steps among few.
-        return 1 + steps * problem.size
+        """Returns the most policies that the method asks for."""
+        # G (n - 1) steps lead to the narrowest policy. Each step asks for at most G policies.
+        return 1 + problem.size * (problem.space.n - 1) * problem.size
 
     def run(
         self, problem: Problem, rng: np.random.Generator
     ) -> Generator[np.ndarray, np.ndarray, None]:
-        """See `search.search`; draws nothing."""
+        """Runs as `search.search` describes. Draws nothing."""
         genes = problem.widest
         (loss,) = yield genes[None]
-        while not problem.limits or not problem.fits(genes):
-            lower = genes - np.eye(problem.size, dtype=np.int64)[genes > 0]
-            saved = problem.saving(genes, lower) if len(lower) else np.zeros(0)
+        while not problem.constraints or not problem.fits(genes):
+            lower = problem.narrower(genes)
+            saved = problem.saving(genes, lower)
             lower, saved = lower[saved > 0], saved[saved > 0]
             if not len(lower):
                 return
             losses = yield lower
-            pick = int(np.argmin((losses - loss) / saved))
-            genes, loss = lower[pick], losses[pick]
+            best = int(np.argmin((losses - loss) / saved))
+            genes, loss = lower[best], losses[best]

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 
 import numpy as np
 
+from bitmixer_jax.errors import UserError
+from bitmixer_jax.files import cannot_write, user_path
 from bitmixer_jax.front import Front
 from bitmixer_jax.plotting import COLORS, new_figure, short_names
 
 
+def write_front(out: str | pathlib.Path, front: Front, *, overwrite: bool = False) -> None:
+    """Writes front.json, front.png and widths.png into the folder ``out``; makes the folder.
+
+    Args:
+      out: the folder.
+      front: the front.
+      overwrite: whether to replace a front.json that has other content.
+
+    Raises:
+      UserError: front.json exists with other content and ``overwrite`` is false, or the folder
+        cannot be written.
+    """
+    folder = user_path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    try:
+        front.save(folder / "front.json", overwrite=overwrite)
+    except UserError:
+        with contextlib.suppress(OSError):  # rmdir fails if the folder holds other files
+            folder.rmdir()
+        raise
+    plot_front(folder / "front.png", front)
+    plot_widths(folder / "widths.png", front)
+
+
 def plot_front(path: pathlib.Path, front: Front) -> None:
-    """Test accuracy against cost: the front, uniform widths, random policies."""
+    """Plots test accuracy against cost, for the front, uniform widths and random policies."""
     figure, axis = new_figure(7, 4.5)
     for key, mark, size, color, label in (
         ("random", ".", 5, "0.65", "random policies"),
@@ -34,7 +64,7 @@ def plot_front(path: pathlib.Path, front: Front) -> None:
 
 
 def plot_widths(path: pathlib.Path, front: Front) -> None:
-    """Heat map of the width of each layer (rows) at each point of the front (columns, by cost)."""
+    """Plots a heat map of widths: a row for each layer, a column for each point of the front."""
     widths = np.asarray([point.widths for point in front.points])
     count, layers = widths.shape
     columns = np.unique(np.linspace(0, count - 1, 40).round().astype(int))

@@ -1,14 +1,17 @@
-"""Checkpoints: states of a run, saved and restored by orbax."""
+"""Checkpoints: states of a run, saved and restored by orbax.
+
+A checkpoint is a folder ``workdir/checkpoints/STEP`` with two items: "state", all arrays of a
+`TrainState` as nested dicts, and "notes", a JSON object with the name of the stage, this format,
+the step, and a SHA-256 of all arrays.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import logging
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -17,9 +20,18 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.files import cannot_write, read_json
-from bitmixer_jax.training import hosts
+from bitmixer_jax import distributed
+from bitmixer_jax.errors import UserError, reason
+from bitmixer_jax.files import cannot_write
+from bitmixer_jax.training.orbax_errors import (
+    Damaged,
+    damaged,
+    is_disk_error,
+    is_disk_full,
+    read_errors,
+    silence,
+    with_damaged_metadata,
+)
 
 FORMAT = "bitmixer-checkpoint"
 _PATTERN_CHARACTERS = "*?[]\\"
@@ -35,18 +47,24 @@ def check_path(workdir: pathlib.Path) -> None:
     if found:
         raise UserError(
             f"--workdir {workdir}: checkpoints cannot be read from a path with "
-            f"{' '.join(found)}; take another folder"
+            f"{' '.join(found)}; take another folder",
+            "bad-path",
         )
 
 
-class Damaged(UserError):
-    """A checkpoint cannot be read, or holds other values than were saved."""
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Returns whether a workdir has a checkpoint, so that training resumes from it."""
+    return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
 
 
 class Checkpoints:
-    """The checkpoints of a run, ``workdir/checkpoints/STEP``.
+    """Saves and restores the states of a run.
 
-    Saving is asynchronous and atomic: a folder has its final name only when it is whole.
+    Saving is asynchronous and atomic: it goes on behind the training, and a folder gets its final
+    name only when it is complete. Every restore compares the arrays with the saved SHA-256.
+
+    Attributes:
+      folder: ``workdir/checkpoints``.
     """
 
     def __init__(
@@ -57,18 +75,23 @@ class Checkpoints:
         keep_steps: Iterable[int] = (),
         read_only: bool = False,
     ) -> None:
-        """Opens the folder.
+        """Opens the folder, and creates it unless ``read_only``.
 
         Args:
-          keep: how many of the newest are kept.
-          keep_steps: steps that are kept in any case (ends of stages).
-          read_only: nothing is written, cleaned up or made.
+          workdir: folder of the run.
+          keep: how many of the newest checkpoints are kept.
+          keep_steps: steps that are kept in any case (the stage ends).
+          read_only: write, create and clean up nothing.
+
+        Raises:
+          Damaged: the metadata of a checkpoint are damaged.
+          UserError: the folder cannot be written.
         """
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-        # It warns of every restored leaf that has no sharding (the loop places states itself), and
-        # logs errors that it raises as well.
+        # Orbax warns of every restored leaf that has no sharding (the loop places states itself),
+        # and it logs errors that it raises as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._ocp = ocp
         self.folder = (pathlib.Path(workdir) / "checkpoints").absolute()
@@ -81,6 +104,7 @@ class Checkpoints:
                     "state": ocp.StandardCheckpointHandler(),
                     "notes": ocp.JsonCheckpointHandler(),
                 },
+                # Stage ends are kept: WORKDIR@STAGE opens them later, to start or compare runs.
                 options=ocp.CheckpointManagerOptions(
                     read_only=read_only,
                     create=not read_only,
@@ -93,86 +117,87 @@ class Checkpoints:
         except OSError as error:
             raise cannot_write(self.folder, error) from None
         except Exception as error:  # orbax reads a file of each checkpoint here
-            bad = _with_damaged_metadata(self.folder)
+            bad = with_damaged_metadata(self.folder)
             if bad is None:
                 raise
-            raise Damaged(
-                f"{bad}: damaged checkpoint ({_brief(error)}). Remove it to go back to the "
-                "checkpoint before it"
-            ) from None
-        # Writes go on behind the training, so they must be quiet until the folder is closed.
-        self._loud = (lambda: None) if read_only else _silence()
+            raise damaged(bad, reason(error)) from None
+        # Saving goes on in other threads, which must print nothing until the folder is closed.
+        self._restore_output = (lambda: None) if read_only else silence()
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: Any, notes: Mapping[str, Any]) -> None:
-        """Saves ``state`` (a pytree with ``step``) with JSON ``notes``, unless it is there.
+        """Starts to save a state, unless there is a checkpoint of its step. Returns at once.
+
+        Args:
+          state: a pytree with an attribute ``step``.
+          notes: JSON object.
 
         Raises:
-          UserError: the disk is full or cannot be written; what was saved before stays.
+          UserError: the disk is full or cannot be written; earlier checkpoints stay.
         """
-        step = int(state.step)
+        step = int(state.step)  # waits for the devices
         if step in self._manager.all_steps():
             return
         args = self._ocp.args
         nested = _nested(state)
-        if jax.process_count() > 1:  # all hold the same; orbax has the first one write it
+        if jax.process_count() > 1:  # all hold the same values; orbax has the first one write them
             nested = jax.tree.map(np.asarray, nested)
-        own = {"format": FORMAT, "step": step, "sha256": digest(nested)}
+        # Orbax copies the arrays before it returns, so the next step may donate them.
+        header = {"format": FORMAT, "step": step, "sha256": digest(nested)}
         with self._disk_errors():
             self._manager.save(
                 step,
                 args=args.Composite(
-                    state=args.StandardSave(nested), notes=args.JsonSave({**notes, **own})
+                    state=args.StandardSave(nested), notes=args.JsonSave({**notes, **header})
                 ),
             )
 
     def wait(self) -> None:
-        """Returns when all that was asked to be saved is on the disk. Raises as `save`."""
+        """Waits until all that was saved is on the disk. Raises as `save`."""
         with self._disk_errors():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
+        """Turns what orbax raises for a disk into a `UserError` that names the last checkpoint."""
         try:
             yield
         except Exception as error:
-            text = str(error)
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-                sign in text for sign in ("No space left", "Disk quota", "OS error 28")
-            )
-            signs = ("Permission denied", "RESOURCE_EXHAUSTED", "File too large", "OS error")
-            denied = isinstance(error, OSError) or any(sign in text for sign in signs)
-            if not (full or denied):
+            if not is_disk_error(error):
                 raise
-            what = "the disk is full" if full else _brief(error)
-            todo = "Make room" if full else "Mend this"
+            full = is_disk_full(error)
+            # The failed step may be listed as saved: read the folder again, if that is possible.
+            what = "the disk is full" if full else reason(error)
+            advice = "Make room" if full else "Mend this"
             with contextlib.suppress(Exception):
                 self._manager.reload()
             last = max(self._manager.all_steps(), default=None)
             kept = "there is none before it" if last is None else f"that of step {last} is whole"
             raise UserError(
-                f"{self.folder}: cannot save a checkpoint: {what}; {kept}. {todo} and start the "
-                "same command again"
+                f"{self.folder}: cannot save a checkpoint: {what}; {kept}. {advice} and start the "
+                "same command again",
+                "not-writable",
             ) from None
 
     def restore(self, like: Any, step: int | None = None, *, on_host: bool = False) -> Any:
-        """Restores a checkpoint, by default the newest.
+        """Restores a checkpoint.
 
         Args:
-          like: a state with the structure, shapes and dtypes to expect (arrays or
+          like: a state with the expected structure, shapes and dtypes (arrays or
             ShapeDtypeStructs).
-          step: which one.
-          on_host: as numpy arrays, so that no memory of a device is needed.
+          step: of the checkpoint; None takes the newest.
+          on_host: return numpy arrays, which need no memory of a device.
 
         Returns:
-          a state like ``like``, on the first device, or None if there is no checkpoint.
+          a state like ``like`` on the first device, or None if there is no checkpoint.
 
         Raises:
-          UserError: it is damaged, not of this format, or of another network or optimiser.
+          Damaged: a file is damaged, or holds other values than were saved.
+          UserError: no such checkpoint, or it is of another format, network or optimiser.
         """
         steps = self.steps
         step = step if step is not None else max(steps, default=None)
@@ -180,110 +205,115 @@ class Checkpoints:
             return None
         path = self.folder / str(step)
         if step not in steps:
-            raise UserError(f"{path}: no such checkpoint; there are steps {steps}")
+            raise UserError(f"{path}: no such checkpoint; there are steps {steps}", "no-run")
         args = self._ocp.args
-        # With a sharding of our own, a run may go on with other devices than it was saved from.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
-        )
         if on_host or jax.process_count() > 1:  # each process reads all of it
             abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-        advice = f"Remove {path} to go back to the checkpoint before it"
-        try:
-            with _quiet_reads():
-                item = self._manager.restore(step, args=args.Composite(notes=args.JsonRestore()))
-                found = self._shapes(step)
-            notes = item["notes"]
+        else:
+            # A checkpoint names the devices it was saved from; a run may resume on others.
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+            )
+        sha256 = self._check_header(step, abstract)
+        with read_errors(path):
+            restored = self._manager.restore(
+                step, args=args.Composite(state=args.StandardRestore(_nested(abstract)))
+            )["state"]
+        # Array files carry no checksum of their own.
+        if sha256 != digest(restored):
+            raise damaged(path, "the values are not those that were saved")
+        # Back from nested dicts to the containers of ``like``, such as optax's named tuples.
+        leaves = traverse_util.flatten_dict(restored)
+        return jax.tree_util.tree_map_with_path(lambda keys, _: leaves[_path_names(keys)], like)
+
+    def _check_header(self, step: int, abstract: Any) -> Any:
+        """Checks notes and shapes of a checkpoint, and returns the SHA-256 of its arrays."""
+        # Shapes are compared before the arrays are read: orbax's own message about a difference is
+        # long, and names neither the layer nor what to do.
+        path, args = self.folder / str(step), self._ocp.args
+        with read_errors(path):
+            notes = self._manager.restore(step, args=args.Composite(notes=args.JsonRestore()))[
+                "notes"
+            ]
+            metadata = self._manager.item_metadata(step)["state"]
+            if metadata is None:
+                raise ValueError("no metadata of the state")
+            found = _shapes_by_name(getattr(metadata, "tree", metadata))
             if notes.get("format") != FORMAT:
-                raise UserError(f"{path}: not a checkpoint of this library ({FORMAT})")
-            if notes.get("step") != step:
                 raise UserError(
-                    f"{path}: holds the checkpoint of step {notes.get('step')}; give it its name"
+                    f"{path}: not a checkpoint of this library ({FORMAT})", "wrong-format"
                 )
-        except UserError:
-            raise
-        except Exception as error:
-            _check_machine(path, error)
-            raise Damaged(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
-        wanted = _shapes_by_name(abstract)
+            if notes.get("step") != step:  # somebody renamed the folder
+                raise UserError(
+                    f"{path}: holds the checkpoint of step {notes.get('step')}; give it its name",
+                    "damaged",
+                )
+        expected = _shapes_by_name(abstract)
         wrong = [
             f"{name}: {found.get(name, 'absent')} in the file, "
-            f"{wanted.get(name, 'absent')} expected"
-            for name in sorted({*found, *wanted})
-            if found.get(name) != wanted.get(name)
+            f"{expected.get(name, 'absent')} expected"
+            for name in sorted({*found, *expected})
+            if found.get(name) != expected.get(name)
         ]
         if wrong:
             raise UserError(
                 f"{path}: a checkpoint of another network or optimiser: {wrong[0]} "
-                f"({len(wrong)} differences)"
+                f"({len(wrong)} differences)",
+                "other-network",
             )
-        try:
-            with _quiet_reads():
-                restored = self._manager.restore(
-                    step, args=args.Composite(state=args.StandardRestore(_nested(abstract)))
-                )["state"]
-        except Exception as error:
-            _check_machine(path, error)
-            raise Damaged(f"{path}: damaged checkpoint ({_brief(error)}). {advice}") from None
-        # Array files carry no checksum of their own.
-        if notes.get("sha256") != digest(restored):
-            raise Damaged(
-                f"{path}: damaged checkpoint (the values are not those that were saved). {advice}"
-            )
-        leaves = traverse_util.flatten_dict(restored)
-        return jax.tree_util.tree_map_with_path(lambda keys, _: leaves[_names(keys)], like)
+        return notes.get("sha256")
 
     def restore_whole(self, like: Any, say: Callable[[str], None]) -> Any:
-        """Restores the newest checkpoint that is whole, and moves damaged ones out of the way.
-
-        They go to ``workdir/damaged``: a run that comes past their step saves it again.
+        """Restores the newest checkpoint that is not damaged, and sets damaged ones aside.
 
         Args:
-          like: as `restore`.
-          say: is told of each that was skipped, and why.
+          like: as in `restore`.
+          say: receives one line for each checkpoint that is skipped.
 
         Returns:
           a state, or None if there is no checkpoint.
 
         Raises:
-          UserError: the newest whole one is of another network, or none of those there is whole.
+          UserError: the newest undamaged one is of another network, or all are damaged.
         """
-        damaged: list[tuple[int, str]] = []
+        skipped: list[tuple[int, str]] = []
         state = None
         for step in reversed(self.steps):
-            said, failed = "", None
-            other = f"{self.folder / str(step)}: another process cannot read it"
+            path = self.folder / str(step)
+            message, failed = "", None
             try:
                 state = self.restore(like, step)
             except Damaged as error:
-                said = str(error).partition(". Remove")[0]
+                message = str(error).partition(". Remove")[0]
             except UserError as error:
                 failed = error
-            # All processes go on with the same checkpoint, or all of them stop.
-            any_damaged, any_failed = hosts.agree(float(bool(said)), float(failed is not None))
+            # All processes resume from the same checkpoint, or all of them stop.
+            any_damaged, any_failed = distributed.all_reduce_max(
+                float(bool(message)), float(failed is not None)
+            )
             if any_failed:
-                raise failed or UserError(other)
+                raise failed or UserError(f"{path}: another process cannot read it", "not-readable")
             if not any_damaged:
                 break
-            damaged.append(
-                (step, said or f"{self.folder / str(step)}: damaged for another process")
-            )
+            skipped.append((step, message or f"{path}: damaged for another process"))
             state = None
-        if damaged and state is None:
+        if skipped and state is None:
+            # To train from the start in this workdir would hide that the run was lost.
             raise UserError(
-                f"{self.folder}: no checkpoint is whole: {'; '.join(s for _, s in damaged)}. To "
-                "train from the start, take another --workdir"
+                f"{self.folder}: no checkpoint is whole: {'; '.join(m for _, m in skipped)}. To "
+                "train from the start, take another --workdir",
+                "no-run",
             )
-        for step, said in damaged:
+        for step, message in skipped:
             (aside,) = self.set_aside([step])
-            say(f"skipped {said}; moved to {aside}")
+            say(f"skipped {message}; moved to {aside}")
         return state
 
     def set_aside(self, steps: Iterable[int]) -> list[pathlib.Path]:
-        """Moves checkpoints to new folders in ``workdir/damaged`` and returns these.
+        """Moves checkpoints to ``workdir/damaged`` and returns their new folders.
 
-        A run that comes past their step saves it again.
+        A run that reaches their step again saves a new checkpoint.
 
         Raises:
           UserError: they cannot be moved.
@@ -291,13 +321,13 @@ class Checkpoints:
         moved = []
         parent = self.folder.parent / "damaged"
         for step in steps:
-            more = (f"{step}-{number}" for number in itertools.count(1))
-            names = itertools.chain([str(step)], more)
+            numbered = (f"{step}-{number}" for number in itertools.count(1))
+            names = itertools.chain([str(step)], numbered)
             aside = next(parent / name for name in names if not (parent / name).exists())
-            hosts.by_the_first(partial(self._move, step, aside), lambda: None)
+            distributed.on_primary(partial(self._move, step, aside), lambda: None)
             moved.append(aside)
         if moved:
-            self._manager.reload()
+            self._manager.reload()  # orbax caches the list of steps
         return moved
 
     def _move(self, step: int, aside: pathlib.Path) -> None:
@@ -305,75 +335,43 @@ class Checkpoints:
             aside.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(aside)
         except OSError as error:
-            raise UserError(f"{aside}: cannot move there ({error.strerror})") from None
-
-    def _shapes(self, step: int) -> dict[str, str]:
-        metadata = self._manager.item_metadata(step)["state"]
-        if metadata is None:
-            raise ValueError("no metadata of the state")
-        return _shapes_by_name(getattr(metadata, "tree", metadata))
+            raise UserError(
+                f"{aside}: cannot move there ({reason(error)})", "not-writable"
+            ) from None
 
     def close(self) -> None:
-        """Waits for what is being saved, and lets go of the folder."""
+        """Waits until all is saved, and closes the folder. Raises as `save`."""
         try:
             self.wait()
         finally:
             try:
-                with self._disk_errors():  # it raises the error of the last save again
+                with self._disk_errors():  # orbax raises the error of the last save again
                     self._manager.close()
             finally:
-                self._loud()
+                self._restore_output()
 
 
-def _with_damaged_metadata(folder: pathlib.Path) -> pathlib.Path | None:
-    """Returns the first checkpoint whose metadata file of orbax is damaged."""
-    for path in sorted(folder.glob("*/_CHECKPOINT_METADATA")):
-        try:
-            found = read_json(path)
-        except (OSError, ValueError):  # orbax goes on without it
-            continue
-        nested = ("item_handlers", "metrics", "custom_metadata")
-        if not isinstance(found, dict) or not all(
-            isinstance(found.get(key) or {}, dict) for key in nested
-        ):
-            return path.parent
-    return None
-
-
-def _check_machine(path: pathlib.Path, error: BaseException) -> None:
-    """Raises UserError if the machine, not the checkpoint, made a read fail.
-
-    Such as input errors of the disk, missing permissions, or no memory.
-    """
-    text = str(error)
-    signs = (
-        *("RESOURCE_EXHAUSTED", "ut of memory", "PERMISSION_DENIED", "Permission denied"),
-        *("Too many open files", "Input/output error", "Stale file handle", "UNAVAILABLE"),
-    )
-    machine = getattr(error, "errno", None) in (
-        *(errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM),
-        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-    )
-    if machine or isinstance(error, MemoryError) or any(sign in text for sign in signs):
-        raise UserError(f"{path}: cannot be read now ({_brief(error)})") from None
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    """The names along a path in a pytree, whatever its nodes are: a key, a field or a position."""
+def _path_names(path: Any) -> tuple[str, ...]:
+    """Returns the keys, field names or positions along a path in a pytree."""
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None)))) for k in path)
 
 
 def _nested(tree: Any) -> Any:
-    """A pytree as nested dicts, so that the file does not depend on optax's containers."""
+    """Returns a pytree as nested dicts, so that files do not depend on optax's containers."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return traverse_util.unflatten_dict({_names(path): leaf for path, leaf in leaves})
+    return traverse_util.unflatten_dict({_path_names(path): leaf for path, leaf in leaves})
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 of the names, dtypes, shapes and values of a tree of arrays."""
+    """Returns a SHA-256 of the names, dtypes, shapes and values of a tree of arrays.
+
+    >>> digest({"w": np.zeros(3, np.float32)})[:16]
+    '10d62c5bf6c4c05d'
+    """
     found = hashlib.sha256()
+    # Sorted by name, so the digest does not depend on the order of dicts.
     for name, leaf in sorted(
-        ("/".join(_names(path)), np.asarray(leaf))
+        ("/".join(_path_names(path)), np.asarray(leaf))
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ):
         found.update(f"{name} {leaf.dtype}{list(leaf.shape)}\n".encode())
@@ -381,51 +379,7 @@ def digest(tree: Any) -> str:
     return found.hexdigest()
 
 
-@contextlib.contextmanager
-def _quiet_reads() -> Iterator[None]:
-    """Keeps orbax's reading quiet on standard error where it fails: its error is raised anyway.
-
-    Reads that were under way when one failed end later, on other threads, each with a traceback
-    about a closed event loop. So after a failure the filter stays.
-    """
-    loud = _silence()
-    yield
-    loud()
-
-
-def _silence() -> Callable[[], None]:
-    """Drops what threads of orbax and tensorstore print after a failure that is raised anyway.
-
-    Returns:
-      a function that undoes it.
-    """
-    logger = logging.getLogger("asyncio")
-    level, unraisable, uncaught = logger.level, sys.unraisablehook, sys.excepthook
-
-    def drop_unraisable(found: Any) -> None:
-        about = f"{found.exc_value} {found.object!r}"
-        if "Event loop is closed" not in about and "_read_" not in about:
-            unraisable(found)
-
-    def drop_uncaught(kind: Any, error: BaseException, trace: Any) -> None:
-        if "Event loop is closed" not in str(error):
-            uncaught(kind, error, trace)
-
-    def undo() -> None:
-        logger.setLevel(level)
-        sys.unraisablehook, sys.excepthook = unraisable, uncaught
-
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook, sys.excepthook = drop_unraisable, drop_uncaught
-    return undo
-
-
 def _shapes_by_name(tree: Any) -> dict[str, str]:
-    """``{path: "dtype[shape]"}`` of a tree of arrays."""
+    """Returns ``{path: "dtype[shape]"}`` of a tree of arrays."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(_names(path)): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-
-
-def _brief(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no details'}"
+    return {"/".join(_path_names(path)): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}

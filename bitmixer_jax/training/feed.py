@@ -1,4 +1,4 @@
-"""What the training steps are fed with: resident data and rows of them, or streamed batches."""
+"""The data of training steps: a set in memory with rows of it, or batches that are streamed."""
 
 from __future__ import annotations
 
@@ -8,90 +8,101 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitmixer_jax.data import Dataset, Loader, Streamed
-from bitmixer_jax.devices import places, replicate, shard
+from bitmixer_jax.data import Dataset, Loader, StreamingDataset
+from bitmixer_jax.distributed import local_batch_indices, replicate, shard
 from bitmixer_jax.errors import UserError
 from bitmixer_jax.training.config import Run
-from bitmixer_jax.training.plan import Plan
+from bitmixer_jax.training.schedule import TrainSchedule
 
 
 class ResidentFeed:
-    """All data on every device; each step takes rows of them."""
+    """Keeps all data on every device; each step uses rows of them.
+
+    So a step sends the devices a few indices instead of images.
+    """
 
     streamed = False
 
-    def __init__(self, plan: Plan, data: Dataset, devices: Sequence[jax.Device]) -> None:
-        """Places the data."""
-        self._plan = plan
+    def __init__(
+        self, schedule: TrainSchedule, data: Dataset, devices: Sequence[jax.Device]
+    ) -> None:
+        """Places the data on the devices."""
+        self._schedule = schedule
         self._data = replicate({"image": data.images, "label": data.labels}, devices)
 
-    def __call__(self, step: int, take: int) -> tuple[Any, np.ndarray]:
-        """Data, and rows int32 ``[take, B]``, of the steps from ``step`` on."""
-        return self._data, np.stack([self._plan.rows(s) for s in range(step, step + take)])
+    def __call__(self, step: int, count: int) -> tuple[Any, np.ndarray]:
+        """Returns the data, and the rows int32 ``[count, B]`` of ``count`` steps from ``step``."""
+        return self._data, np.stack([self._schedule.rows(s) for s in range(step, step + count)])
 
     def unreadable(self) -> int:
-        """How many images could not be read: none."""
+        """Returns how many images could not be read: none."""
         return 0
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing."""
 
 
 class StreamFeed:
-    """Batches decoded ahead of the steps, each device's part on it."""
+    """Decodes batches ahead of the steps and gives each device its part."""
 
     streamed = True
 
-    def __init__(self, plan: Plan, data: Streamed, devices: Sequence[jax.Device]) -> None:
-        """Decodes nothing before the first step is asked for."""
-        self._plan, self._data, self._devices = plan, data, list(devices)
+    def __init__(
+        self, schedule: TrainSchedule, data: StreamingDataset, devices: Sequence[jax.Device]
+    ) -> None:
+        """Decodes nothing before the first call."""
+        self._schedule, self._data, self._devices = schedule, data, list(devices)
         self._loader: Loader | None = None
-        self._next = -1
+        self._next_step = -1
 
-    def __call__(self, step: int, take: int) -> tuple[Any, None]:
-        """The batch of ``step`` as ``[devices, B / devices, ...]``; ``take`` is 1.
+    def __call__(self, step: int, count: int) -> tuple[Any, None]:
+        """Returns the batch of ``step`` as ``[devices, B / devices, ...]``; ``count`` is 1.
 
         Raises:
-          UserError: images cannot be read, or a worker died.
+          UserError: images cannot be read, or a process that decodes them died.
         """
-        assert take == 1
-        if self._loader is None or step != self._next:
+        assert count == 1
+        # The loader decodes ahead from the first step that is asked for: 0, or where a run resumes.
+        if self._loader is None or step != self._next_step:
             self.close()
-            run, end = self._plan.run, self._plan.ends[-1]
-            own = places(self._devices, run.batch_size)
-            self._loader = self._data.training(self._plan.order, step, end, run.flip, own)
+            run, end = self._schedule.run, self._schedule.stage_ends[-1]
+            local = local_batch_indices(self._devices, run.batch_size)
+            self._loader = self._data.training(self._schedule.order, step, end, run.flip, local)
         images, labels = next(self._loader)
-        self._next = step + 1
+        self._next_step = step + 1
+        # Each process decodes its own part of the batch only, and places it on its own devices.
         return shard({"image": images, "label": labels}, self._devices), None
 
     def unreadable(self) -> int:
-        """How many images could not be read since this start."""
+        """Returns how many images could not be read since this start."""
         return len(self._loader.unreadable) if self._loader is not None else 0
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the processes that decode."""
         if self._loader is not None:
             self._loader.close()
 
 
 def make_feed(
-    plan: Plan, data: Dataset | Streamed, devices: Sequence[jax.Device]
+    schedule: TrainSchedule, data: Dataset | StreamingDataset, devices: Sequence[jax.Device]
 ) -> ResidentFeed | StreamFeed:
-    """The feed for a training set."""
-    if isinstance(data, Streamed):
-        return StreamFeed(plan, data, devices)
-    return ResidentFeed(plan, data, devices)
+    """Returns the feed for a training set."""
+    if isinstance(data, StreamingDataset):
+        return StreamFeed(schedule, data, devices)
+    return ResidentFeed(schedule, data, devices)
 
 
 def check_streamed(run: Run) -> None:
-    """Refuses settings that streamed images have no use for. Raises UserError."""
+    """Refuses settings that do not apply to streamed images. Raises UserError."""
     if run.pad:
         raise UserError(
             f"config.pad = {run.pad}: random crops of streamed images are of "
-            "config.stream.min_area of their area; set pad to 0"
+            "config.stream.min_area of their area; set pad to 0",
+            "conflict",
         )
     if run.steps_per_dispatch > 1:
         raise UserError(
             f"config.steps_per_dispatch = {run.steps_per_dispatch}: streamed images come one batch "
-            "at a time; set it to 1"
+            "at a time; set it to 1",
+            "conflict",
         )

@@ -1,4 +1,4 @@
-"""Optimisers from optax, with weight decay on kernels only and updates of selected slices only."""
+"""Optimisers from optax, with weight decay on kernels only and updates of selected entries only."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from bitmixer_jax.training.stages import Stage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Which optimiser, for all stages of a run.
+    """The optimiser of a run; all its stages use it.
 
     Attributes:
       name: "sgd", "adam" or "adamw".
-      momentum: of SGD.
-      nesterov: of SGD.
+      momentum: of SGD, 0 <= momentum < 1.
+      nesterov: whether the momentum of SGD is Nesterov's.
       weight_decay: of kernels only, never of BN, biases and step sizes; coupled (L2) for "sgd",
         decoupled for "adamw", not allowed for "adam".
       clip_norm: largest global norm of the gradient; 0 is off.
-      ema: decay of an exponential moving average of the parameters, which evaluation then uses;
-        0 is off.
+      ema: decay of an exponential moving average of the parameters, which evaluation then uses,
+        0 <= ema < 1; 0 is off.
 
     Raises:
       UserError: a value is not allowed.
+
+        >>> OptimizerSettings(momentum=0.8).weight_decay
+        0.0001
     """
 
     name: str = "sgd"
@@ -42,7 +45,9 @@ class OptimizerSettings:
         if self.name not in ("sgd", "adam", "adamw"):
             raise UserError(f"optimizer: name = {self.name!r}; choose from sgd, adam, adamw")
         if self.name == "adam" and self.weight_decay:
-            raise UserError("optimizer: adam takes no weight_decay; set it to 0, or use adamw")
+            raise UserError(
+                "optimizer: adam takes no weight_decay; set it to 0, or use adamw", "conflict"
+            )
         for field in ("momentum", "ema"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(
@@ -54,9 +59,21 @@ class OptimizerSettings:
 
 
 def schedule(stage: Stage, steps: int) -> optax.Schedule:
-    """Learning rate of a stage of ``steps`` steps, as a function of the step within it."""
+    """Returns the learning rate of a stage as a function of the step within it.
+
+    It rises linearly from 0 to ``stage.learning_rate`` over the first ``stage.warmup`` of the
+    steps, and then follows ``stage.schedule`` over the rest of them.
+
+    Args:
+      stage: its learning_rate, warmup and schedule are used.
+      steps: length of the stage.
+
+        >>> rate = schedule(Stage(name="s", epochs=1, learning_rate=1.0, warmup=0.1), steps=100)
+        >>> [round(float(rate(step)), 2) for step in (0, 5, 10, 55, 100)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
     peak, rise = stage.learning_rate, round(stage.warmup * steps)
-    rest = max(steps - rise, 1)
+    rest = max(steps - rise, 1)  # optax refuses a schedule over no steps
     if stage.schedule == "cosine":
         after: optax.Schedule = optax.cosine_decay_schedule(peak, rest)
     elif stage.schedule == "step":
@@ -69,38 +86,70 @@ def schedule(stage: Stage, steps: int) -> optax.Schedule:
 
 
 def kernels_only(params: Any) -> Any:
-    """True for each kernel among params, False for BN, biases and step sizes."""
+    """Returns a tree of bools: True for kernels, False for BN, biases and step sizes.
+
+    >>> kernels_only({"conv": {"kernel": 1.0, "step": 1.0}})
+    {'conv': {'kernel': True, 'step': False}}
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def limit_step_sizes(fraction: float = 0.1) -> optax.GradientTransformation:
-    """Caps the update of each step size at ``fraction`` of its value: it stays positive.
+    r"""Limits the update of each step size s to a fraction of its value, so it stays positive.
 
-    A step near zero scales the sums down to where BN's epsilon rules, and its gradient explodes:
-    one overshoot would silently leave a layer with two levels.
+    .. math::
+        \Delta s \leftarrow \mathrm{clip}(\Delta s, -f |s|, f |s|)
+
+    A step size near zero makes the sums of a layer so small that the epsilon of its BN dominates.
+    Then its gradient explodes, and one large update can leave a layer with two levels. No error
+    would tell.
+
+    Args:
+      fraction: f, 0 < f < 1.
     """
 
-    def cap(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+    def limit(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
         if path[-1].key != "step":
             return update
         most = fraction * jnp.abs(param)
         return jnp.clip(update, -most, most)
 
     return optax.stateless(
-        lambda updates, params: jax.tree_util.tree_map_with_path(cap, updates, params)
+        lambda updates, params: jax.tree_util.tree_map_with_path(limit, updates, params)
     )
 
 
 def make_optimizer(
     settings: OptimizerSettings, stage: Stage, steps: int
 ) -> optax.GradientTransformation:
-    """The optimiser of one stage. Its state has the same structure in every stage of a run."""
+    """Builds the optimiser of one stage.
+
+    It clips the gradient, decays kernels, follows the learning rate of `schedule`, and limits the
+    updates of step sizes to 10%. Its state has the same structure in every stage of a run, so
+    checkpoints do. Use it through `apply_masked`.
+
+    Args:
+      settings: of the run.
+      stage: gives the learning rate.
+      steps: length of the stage.
+
+        >>> tx = make_optimizer(OptimizerSettings(), Stage(name="s", epochs=1), steps=10)
+        >>> params = {"conv": {"kernel": jnp.ones(3), "step": jnp.ones(1)}}
+        >>> grads = {"conv": {"kernel": jnp.zeros(3), "step": jnp.full(1, 99.0)}}
+        >>> updates, _ = tx.update(grads, tx.init(params), params)
+        >>> updates["conv"]["step"].round(3)
+        Array([-0.1], dtype=float32)
+    """
     rate = schedule(stage, steps)
     parts = []
+    # Clipping comes first: it is of the gradient of the loss, without weight decay.
     if settings.clip_norm:
         parts.append(optax.clip_by_global_norm(settings.clip_norm))
+    # Decay pulls a parameter to zero. For a kernel that is a regulariser; for a step size it would
+    # make the quantiser finer, and for BN scales it would change the size of activations.
     if settings.name == "sgd":
         parts += [
+            # Before the momentum: this is L2 regularisation, as most SGD recipes mean it.
             optax.add_decayed_weights(settings.weight_decay, kernels_only),
             optax.sgd(rate, settings.momentum, settings.nesterov),
         ]
@@ -108,28 +157,39 @@ def make_optimizer(
         parts.append(optax.adam(rate))
     else:
         parts.append(optax.adamw(rate, weight_decay=settings.weight_decay, mask=kernels_only))
+    # It comes last, because it limits what is added to the parameters.
     return optax.chain(*parts, limit_step_sizes())
 
 
-def apply_selected(
+def apply_masked(
     tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, masks: Any
 ) -> tuple[Any, Any]:
-    """One update that leaves unselected entries, of params and of optimiser state, bit for bit.
+    """Makes one update of the selected entries; all others stay as they are, bit for bit.
 
-    Adam's bias correction counts steps, not visits: the moments of a rarely selected slice are
+    So do the entries of the optimiser state that belong to them, such as their momentum. Otherwise
+    momentum and weight decay would move parameters whose gradient is zero.
+
+    Adam's bias correction counts steps, not visits: the moments of a rarely selected entry are
     young for their count, so its first updates are up to ``(1 - b1) / sqrt(1 - b2)`` = 3.2 times
     the learning rate.
 
     Args:
-      masks: bool arrays that broadcast to the leaves of params (`stages.selected`).
+      tx: the optimiser.
+      grads: a tree like ``params``.
+      opt_state: of ``tx``.
+      params: tree of arrays.
+      masks: bool arrays that broadcast to the leaves of ``params``, as `update_mask` returns them.
 
     Returns:
-      (params, opt_state).
+      (params, opt_state), new.
     """
+    # The update is computed for all entries, and then undone where the mask is False. Masked
+    # gradients would not do: momentum from earlier steps moves entries with a gradient of zero.
     updates, new_state = tx.update(grads, opt_state, params)
     new_params = optax.apply_updates(params, updates)
-    kept = jax.tree.map(jnp.where, masks, new_params, params)
+    selected = jax.tree.map(jnp.where, masks, new_params, params)
+    # Momentum has the masks of its parameters; step counters and the like are always updated.
     state_masks = optax.tree.map_params(
         tx, lambda _, mask: mask, opt_state, masks, transform_non_params=lambda _: True
     )
-    return kept, jax.tree.map(jnp.where, state_masks, new_state, opt_state)
+    return selected, jax.tree.map(jnp.where, state_masks, new_state, opt_state)

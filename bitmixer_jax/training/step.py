@@ -1,4 +1,4 @@
-"""One training step as a pure function of (state, data, batch), and how it spreads over devices."""
+"""One training step as a pure function of a state and a batch, and how devices share it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ import optax
 from jax import lax
 
 from bitmixer_jax.data import augment, normalize
-from bitmixer_jax.devices import AXIS, mine, places
+from bitmixer_jax.distributed import AXIS, local_batch_indices, local_devices
 from bitmixer_jax.models import Network
 from bitmixer_jax.training.losses import cross_entropy, distillation
-from bitmixer_jax.training.optimizer import apply_selected
-from bitmixer_jax.training.stages import Stage, selected
+from bitmixer_jax.training.optimizer import apply_masked
+from bitmixer_jax.training.stages import Stage, update_mask
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes while a network trains.
+    """All that changes while a network trains: a pytree, and the content of a checkpoint.
 
     Attributes:
-      step: int32 scalar, steps taken since the run began.
-      params, batch_stats: variables of the network.
+      step: int32 scalar, number of steps since the run began.
+      params: parameters of the network: kernels, step sizes, scales and biases.
+      batch_stats: its running statistics, and visit counts of pairs of widths.
       opt_state: of the optimiser; fresh at the start of each stage.
-      ema: moving average of params, or None.
+      ema: exponential moving average of ``params``, or None.
     """
 
     step: jax.Array
@@ -40,24 +41,27 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What evaluation uses: the averaged params if there are any."""
+        """Variables for evaluation, with the averaged parameters if there are any."""
         params = self.params if self.ema is None else self.ema
         return {"params": params, "batch_stats": self.batch_stats}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What a step needs to know beside its stage.
+    """Settings of a step, beside those of its stage.
 
     Attributes:
       seed: of all randomness; step s uses ``fold_in(key(seed), s)``.
-      start, steps: first step of the stage, and its length.
-      batch_size: over all devices.
-      mean, std: ``[C]`` for normalisation, in units of 0..255.
-      pad, flip: augmentation.
-      label_smoothing: 0..1.
-      groups: ``[L]`` layers that share a width.
-      ema: decay, or 0.
+      start: number of steps at which the stage begins.
+      steps: length of the stage.
+      batch_size: B, over all devices.
+      mean: ``[C]`` of the training images, in units of 0..255.
+      std: likewise.
+      pad: pixels around an image before it is cropped at random.
+      flip: whether images are mirrored at random.
+      label_smoothing: see `cross_entropy`.
+      groups: ``[L]``, see `Stage.draw`.
+      ema: decay of the moving average of the parameters; 0: there is none.
       sync_bn: average BN statistics over devices in the forward pass.
     """
 
@@ -82,20 +86,39 @@ def make_train_step(
     settings: StepSettings,
     teacher: Network | None = None,
 ) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds ``step(state, data, rows, teacher_variables) -> (state, metrics)`` of one device.
+    r"""Builds the training step of one device, a pure function for `ParallelStep`.
 
-    ``data`` is ``{"image": uint8 [N, H, W, C], "label": int32 [N]}``, resident on the device;
-    ``rows`` int32 ``[B / devices]`` says which examples this device takes: None where data are
-    those examples, streamed, with crops and mirroring done. Widths are drawn from a
-    key that is the same on all devices, so all walk through the same pairs. Augmentation draws for
-    the global batch, so the result does not depend on the number of devices.
+    A step draws M policies, and minimises the mean over them of
 
-    Metrics (float32 scalars, averaged over devices and policies): loss (nats), accuracy (0..1),
-    grad_norm and rho.
+    .. math::
+        (1 - a) \, \mathrm{CE}(z_m, y) + a \, T^2 \, \mathrm{KL}(t / T \Vert z_m / T)
+
+    where a is ``stage.distill_weight``, or 0 without distillation, and t are the logits of the
+    teacher or of the widest policy, which then has no distillation loss. It updates only what the
+    policies select (`update_mask`).
+
+    Args:
+      model: the network; ``stage`` says what of it is quantised.
+      stage: what to quantise, which policies to draw, what to distil from.
+      tx: optimiser of the stage, of `make_optimizer`.
+      settings: of the step.
+      teacher: a full-precision network for stage.distill = "teacher".
+
+    Returns:
+      ``step(state, data, rows, teacher_variables) -> (state, metrics)``:
+
+      state: a `TrainState`; all randomness comes from ``settings.seed`` and ``state.step``.
+      data: ``{"image": uint8 [N, H, W, C], "label": int32 [N]}`` on the device.
+      rows: int32 ``[B / devices]``, the examples of ``data`` that this device trains on; None if
+        ``data`` are these examples, streamed, cropped and mirrored.
+      teacher_variables: of ``teacher``, or None.
+      metrics: float32 scalars "loss" (nats), "accuracy" (0..1), "grad_norm" and "rho"; loss and
+        accuracy are means over devices and policies.
     """
     quant = dataclasses.replace(
-        stage.quantization(model.quant), axis_name=AXIS if settings.sync_bn else None
+        stage.quant_config(model.quant), axis_name=AXIS if settings.sync_bn else None
     )
+    # Statistics of the whole batch, not of a device's part of it, if sync_bn names the axis.
     network = model.clone(quant=quant)
 
     def draw(key: jax.Array, progress: jax.Array) -> jax.Array:
@@ -104,9 +127,9 @@ def make_train_step(
         return stage.draw(key, quant.space, model.num_layers, progress, settings.groups)
 
     def loss_function(
-        params: Any, stats: Any, images: Any, labels: Any, policies: Any, goal: Any
+        params: Any, stats: Any, images: Any, labels: Any, policies: Any, teacher_logits: Any
     ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        losses, hits = [], []
+        losses, accuracies = [], []
         for m in range(policies.shape[0]):
             logits, updated = network.apply(
                 {"params": params, "batch_stats": stats},
@@ -115,49 +138,61 @@ def make_train_step(
                 train=True,
                 mutable=["batch_stats"],
             )
+            # The next policy continues from these statistics: it may use the same pairs.
             stats = updated["batch_stats"]
             loss = cross_entropy(logits, labels, settings.label_smoothing)
             if stage.distill == "teacher" or (stage.distill == "widest" and m > 0):
                 share = stage.distill_weight
-                loss = (1 - share) * loss + share * distillation(logits, goal, stage.temperature)
-            elif stage.distill == "widest":
-                goal = logits
+                loss = (1 - share) * loss + share * distillation(
+                    logits, teacher_logits, stage.temperature
+                )
+            elif stage.distill == "widest":  # the first policy is the widest one
+                teacher_logits = logits
             losses.append(loss)
-            hits.append(jnp.mean(jnp.argmax(logits, -1) == labels))
-        # The mean, not the sum: the learning rate means the same for any number of policies.
-        return jnp.mean(jnp.stack(losses)), (stats, jnp.mean(jnp.stack(hits)))
+            accuracies.append(jnp.mean(jnp.argmax(logits, -1) == labels))
+        # With the mean, a learning rate means the same for any number of policies.
+        return jnp.mean(jnp.stack(losses)), (stats, jnp.mean(jnp.stack(accuracies)))
 
     def step(
         state: TrainState, data: Any, rows: jax.Array | None, teacher_variables: Any
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        widths, crops = jax.random.split(
+        # Random numbers are a function of (seed, step), so a resumed run draws the same. The keys
+        # are the same on all devices. So all devices draw the same widths and update the same
+        # pairs: a mean over devices that used different pairs would mix unrelated statistics.
+        widths_key, crops_key = jax.random.split(
             jax.random.fold_in(jax.random.key(settings.seed), state.step)
         )
         progress = (state.step - settings.start) / settings.steps
-        policies = draw(widths, progress)
+        policies = draw(widths_key, progress)
         images, labels = data["image"], data["label"]
         if rows is not None:
             images, labels = images[rows], labels[rows]
+            # Crops are drawn for the whole batch, and each device uses those of its images: the
+            # result does not depend on the number of devices.
             images = augment(
-                crops,
+                crops_key,
                 images,
                 pad=settings.pad,
                 flip=settings.flip,
                 offset=lax.axis_index(AXIS) * rows.shape[0],
                 total=settings.batch_size,
             )
+        # Images stay uint8 up to here: a quarter of the memory and of the transfers of float32.
         images = normalize(images, jnp.asarray(settings.mean), jnp.asarray(settings.std))
-        goal = None
-        if teacher is not None:
-            goal = teacher.apply(teacher_variables, images, train=False)
+        teacher_logits = None
+        if teacher is not None:  # once for all policies, and outside of the gradient
+            teacher_logits = teacher.apply(teacher_variables, images, train=False)
         (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_function, has_aux=True)(
-            state.params, state.batch_stats, images, labels, policies, goal
+            state.params, state.batch_stats, images, labels, policies, teacher_logits
         )
+        # Each device has the mean over its part of the batch; parts are equally large.
         loss, accuracy, grads = lax.pmean((loss, accuracy, grads), AXIS)
-        # Visit counts are integers, and equal on all devices.
+        # Without sync_bn each device has its own running statistics: they are averaged. Visit
+        # counts are integers and equal on all devices: a mean would make them floats.
         stats = jax.tree.map(lambda s: lax.pmean(s, AXIS) if s.dtype == jnp.float32 else s, stats)
-        params, opt_state = apply_selected(
-            tx, grads, state.opt_state, state.params, selected(model, state.params, policies)
+        # Masks reach the momentum too: it would move parameters that no policy of this step uses.
+        params, opt_state = apply_masked(
+            tx, grads, state.opt_state, state.params, update_mask(model, state.params, policies)
         )
         ema = state.ema
         if ema is not None:
@@ -173,17 +208,19 @@ def make_train_step(
     return step
 
 
-class Spread:
-    """A step spread over devices: the one place that knows about pmap.
+class ParallelStep:
+    """Runs a training step on several devices. No other code knows about `jax.pmap`.
 
-    Call it with (state, data, rows ``[K, B]`` int32, teacher_variables): it takes K steps and
-    returns (state, metrics, each ``[K]``). K may change up to ``most`` without a new compilation.
-    The state is donated. ``traces`` counts compilations. With ``streamed``, data are the batch of
-    one step, ``[devices, B / devices, ...]`` as they lie on the devices, and rows are None.
+    A call makes K steps, 1 <= K <= ``most``, and donates the state that it gets. Another K does not
+    compile anew.
+
+        step = ParallelStep(make_train_step(model, stage, tx, settings), devices)
+        state, metrics = step(state, data, rows)
 
     Attributes:
       most: steps per dispatch. More than 1 runs a loop inside the program: fewer dispatches on an
         accelerator; slow on CPU, where XLA runs loop bodies on one thread.
+      traces: how often the step was traced, and so compiled.
     """
 
     def __init__(
@@ -193,16 +230,26 @@ class Spread:
         most: int = 1,
         streamed: bool = False,
     ):
+        """Compiles nothing yet.
+
+        Args:
+          step: of `make_train_step`.
+          devices: all devices, of all processes.
+          most: steps per dispatch; 1 with ``streamed``.
+          streamed: whether calls get the batch of one step instead of all data.
+        """
         assert not streamed or most == 1
         self.most = most
         self.traces = 0
         self._devices = list(devices)
 
         def counted(state: TrainState, data: Any, rows: Any, number: Any, teacher: Any) -> Any:
-            self.traces += 1
+            self.traces += 1  # Python runs this while JAX traces, not when the step runs
             if most == 1:
                 state, metrics = step(state, data, None if streamed else rows[0], teacher)
                 return state, jax.tree.map(lambda m: m[None], metrics)
+            # The carry of a loop has fixed shapes, so metrics are written into arrays of length
+            # ``most``; steps beyond ``number`` leave zeros, which `__call__` cuts off.
             shapes = jax.eval_shape(lambda: step(state, data, rows[0], teacher)[1])
             empty = jax.tree.map(lambda s: jnp.zeros((most, *s.shape), s.dtype), shapes)
 
@@ -213,6 +260,8 @@ class Spread:
 
             return lax.fori_loop(0, number, body, (state, empty))
 
+        # pmap with in_axes and out_axes None takes and returns a replicated state as it is, not
+        # stacked over devices. The state is donated: else each step would need its memory twice.
         self._step: Any = jax.pmap(
             counted,
             axis_name=AXIS,
@@ -225,6 +274,18 @@ class Spread:
     def __call__(
         self, state: TrainState, data: Any, rows: np.ndarray | None, teacher: Any = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Makes one step for each of ``rows``.
+
+        Args:
+          state: on all devices (`distributed.replicate`); it cannot be used afterwards.
+          data: all data on every device, or with ``streamed`` one batch of arrays
+            ``[devices, B / devices, ...]``, of `distributed.shard`.
+          rows: int32 ``[K, B]``, the examples of each step; None with ``streamed``.
+          teacher: variables of the teacher, on all devices.
+
+        Returns:
+          the state, and metrics ``[K]``.
+        """
         if rows is None:
             return self._step(state, data, None, np.int32(1), teacher)
         number = len(rows)
@@ -232,18 +293,21 @@ class Spread:
         return state, {name: values[:number] for name, values in metrics.items()}
 
     def memory(self, state: TrainState, data: Any, rows: np.ndarray, teacher: Any = None) -> int:
-        """Bytes that a call takes on a device, as XLA plans them: arguments and temporaries.
+        """Returns the bytes that a call needs on a device: arguments and temporaries, as XLA plans.
 
-        Costs nothing after a call with arguments of these shapes, else a compilation.
+        This compiles, unless there was a call with arguments of these shapes.
         """
         lowered = self._step.lower(state, data, self._shards(rows), np.int32(len(rows)), teacher)
         plan = lowered.compile().memory_analysis()
         return int(plan.argument_size_in_bytes + plan.temp_size_in_bytes)
 
     def _shards(self, rows: np.ndarray) -> np.ndarray:
-        """Rows int32 ``[D, most, B / D]``, padded, of the D devices of this process."""
+        """Returns the rows of each local device: int32 ``[D, most, B / devices]``, padded.
+
+        The padding gives all K the same shape; the loop inside the program ends before it.
+        """
         number, batch = rows.shape
         padded = np.zeros((self.most, batch), np.int32)
         padded[:number] = rows
-        own = padded[:, places(self._devices, batch)]
-        return own.reshape(self.most, len(mine(self._devices)), -1).swapaxes(0, 1)
+        local = padded[:, local_batch_indices(self._devices, batch)]
+        return local.reshape(self.most, len(local_devices(self._devices)), -1).swapaxes(0, 1)

@@ -1,6 +1,6 @@
-"""Weights of a float ResNet from elsewhere: state_dicts in the layout of torchvision.
+"""Full-precision ResNets from PyTorch: state_dicts with the names of torchvision.
 
-conv1, bn1; layer1.0.conv1, layer1.0.bn1, ...; layer2.0.downsample.0, .1; fc
+The names are conv1, bn1; layer1.0.conv1, layer1.0.bn1, ...; layer2.0.downsample.0, .1; fc.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bitmixer_jax.archives import refuse_bombs
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.errors import UserError, reason
 from bitmixer_jax.files import open_file, user_path
 from bitmixer_jax.models import Network
 from bitmixer_jax.models.resnet import ResNet
+from bitmixer_jax.zip_files import refuse_bombs
 
 _NORM = {
     "params": {"scale": "weight", "bias": "bias"},
@@ -30,7 +30,13 @@ _SAFETENSORS = {
 
 
 def load_torchvision(path: str | pathlib.Path, model: Network) -> dict[str, Any]:
-    """Variables of the float twin of ``model`` from a state_dict.
+    """Reads a state_dict as variables of the full-precision baseline of ``model``.
+
+        model = bm.create_model("resnet18", num_classes=1000)
+        variables = load_torchvision("resnet18.safetensors", model)
+        logits = model.baseline().apply(variables, images, train=False)
+
+    Kernels ``[out, in, H, W]`` become ``[H, W, in, out]``; BN vectors ``[C]`` become ``[1, 1, C]``.
 
     Args:
       path: a ``.safetensors`` file, or one that ``torch.save`` wrote (which needs PyTorch; read
@@ -47,78 +53,90 @@ def load_torchvision(path: str | pathlib.Path, model: Network) -> dict[str, Any]
         those of this network, or not real and finite.
     """
     if not isinstance(model, ResNet):
-        raise UserError(f"{path}: only a ResNet starts from a torchvision state_dict")
+        raise UserError(f"{path}: only a ResNet starts from a torchvision state_dict", "conflict")
     path = user_path(path)
     tensors = _read(path)
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
 
-    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def pop(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Removes a tensor from those that are not used yet, and checks it."""
         if name not in tensors:
             raise UserError(
                 f"{path}: holds no {name}; expected the layout of torchvision's ResNets, of this "
-                "depth"
+                "depth",
+                "other-network",
             )
         value = tensors.pop(name)
         if tuple(value.shape) != shape:  # before it is converted: a stride of 0 costs nothing
             raise UserError(
                 f"{path}: {name} is {list(value.shape)}, this network has {list(shape)}; use the "
-                "same model, width and number of classes"
+                "same model, width and number of classes",
+                "other-network",
             )
         return _float32(path, name, value)
 
-    def kernel(
+    def convert(
         layer: str, ours: str, conv: str, norm: str, shape: tuple[int, int, int, int]
     ) -> None:
+        """Converts a convolution and its batch norm to the kernel ``ours`` of a layer."""
         height, width, inputs, outputs = shape
-        weights = take(f"{conv}.weight", (outputs, inputs, height, width))
+        weights = pop(f"{conv}.weight", (outputs, inputs, height, width))
         found = variables["params"].setdefault(layer, {})
         found[ours] = {"kernel": weights.transpose(2, 3, 1, 0)}
         for collection, names in _NORM.items():
             table = variables[collection].setdefault(layer, {}).setdefault(f"{ours}_norm", {})
-            for own, theirs in names.items():
-                table[own] = take(f"{norm}.{theirs}", (outputs,))[None, None]
+            for name, torch_name in names.items():
+                table[name] = pop(f"{norm}.{torch_name}", (outputs,))[None, None]
+        # Its statistics are known, so the one pair counts as visited.
         variables["batch_stats"][layer][f"{ours}_norm"]["count"] = np.ones((1, 1), np.int32)
         tensors.pop(f"{norm}.num_batches_tracked", None)
 
-    kernel("stem", "conv", "conv1", "bn1", model.stem_conv.shape)
+    convert("stem", "conv", "conv1", "bn1", model.stem_conv.shape)
     for info in model.layers:
         stage, block, conv = info.name.split(".")  # stage2.block1.conv1
+        # A projection shortcut shares its input, and so its layer, with the first convolution.
         prefix = f"layer{stage.removeprefix('stage')}.{int(block.removeprefix('block')) - 1}"
         norm = conv.replace("conv", "bn")
-        kernel(info.name, "conv", f"{prefix}.{conv}", f"{prefix}.{norm}", info.kernels[0].shape)
+        convert(info.name, "conv", f"{prefix}.{conv}", f"{prefix}.{norm}", info.kernels[0].shape)
         for shortcut in info.kernels[1:]:
             down = f"{prefix}.downsample"
-            kernel(info.name, "shortcut", f"{down}.0", f"{down}.1", shortcut.shape)
+            convert(info.name, "shortcut", f"{down}.0", f"{down}.1", shortcut.shape)
     features = model.layers[-1].kernels[0].shape[-1]
     variables["params"]["head"] = {
-        "kernel": take("fc.weight", (model.num_classes, features)).T,
-        "bias": take("fc.bias", (model.num_classes,)),
+        "kernel": pop("fc.weight", (model.num_classes, features)).T,
+        "bias": pop("fc.bias", (model.num_classes,)),
     }
+    # What is left belongs to another network, such as a deeper one whose first layers fit.
     if tensors:
         some = ", ".join(sorted(tensors)[:3])
-        raise UserError(f"{path}: {len(tensors)} tensors have no place in this network: {some}")
+        raise UserError(
+            f"{path}: {len(tensors)} tensors have no place in this network: {some}", "other-network"
+        )
     return variables
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    """All tensors of a file by name: numpy arrays, or torch tensors that `_float32` converts."""
+    """Returns all tensors of a file by name: numpy arrays, or torch tensors for `_float32`."""
     try:
         with open_file(path) as file:
             read = _safetensors if path.suffix == ".safetensors" else _torch
             found = read(path, file)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)})", "not-readable") from None
+    # One weight under two names would be read from whichever comes last.
     tensors: dict[str, Any] = {}
     for name, tensor in found.items():
-        bare = _bare(name)
+        bare = _without_prefix(name)
         if bare in tensors:
-            raise UserError(f"{path}: holds {bare} twice, under a prefix and without it")
+            raise UserError(
+                f"{path}: holds {bare} twice, under a prefix and without it", "other-network"
+            )
         tensors[bare] = tensor
     return tensors
 
 
-def _bare(name: str) -> str:
-    """A tensor's name without what wrappers of a module put before it, in any order."""
+def _without_prefix(name: str) -> str:
+    """Removes what wrappers of a module put before the name of a tensor, in any order."""
     prefixes = ("module.", "_orig_mod.", "model.", "state_dict.")
     while name.startswith(prefixes):
         name = name.partition(".")[2]
@@ -126,21 +144,24 @@ def _bare(name: str) -> str:
 
 
 def _float32(path: pathlib.Path, name: str, value: Any) -> np.ndarray:
-    """A tensor of real numbers as float32."""
+    """Converts a tensor of real numbers to float32. Raises UserError for other tensors."""
     if not isinstance(value, np.ndarray):
         kind = str(value.dtype).removeprefix("torch.")
         if kind not in _REAL or str(value.layout) != "torch.strided" or value.is_meta:
             raise UserError(
                 f"{path}: {name} is of type {kind}, {value.layout}; give a dense tensor of "
-                f"{', '.join(_REAL)}"
+                f"{', '.join(_REAL)}",
+                "wrong-format",
             )
         value = value.detach().float().numpy()
     if value.dtype.kind != "f":
-        raise UserError(f"{path}: {name} is of type {value.dtype}; give {', '.join(_REAL)}")
+        raise UserError(
+            f"{path}: {name} is of type {value.dtype}; give {', '.join(_REAL)}", "wrong-format"
+        )
     with np.errstate(over="ignore"):
         found = np.asarray(value, np.float32)
     if not np.isfinite(found).all():
-        raise UserError(f"{path}: {name} holds values that are not finite in float32")
+        raise UserError(f"{path}: {name} holds values that are not finite in float32", "not-finite")
     return found
 
 
@@ -151,12 +172,13 @@ def _safetensors(path: pathlib.Path, file: BinaryIO) -> dict[str, Any]:
         entries = deserialize(file.read())
         return {name: _array(entry) for name, entry in entries}
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        line = str(error).partition("\n")[0]
-        raise UserError(f"{path}: not a whole safetensors file ({line})") from None
+        raise UserError(
+            f"{path}: not a whole safetensors file ({reason(error)})", "wrong-format"
+        ) from None
 
 
 def _array(entry: Mapping[str, Any]) -> np.ndarray:
-    """A tensor of a safetensors file. Raises ValueError for a type that numpy does not have."""
+    """Returns a tensor of a safetensors file. Raises ValueError for types that are not read."""
     data, shape = entry["data"], entry["shape"]
     if entry["dtype"] == "BF16":  # the upper half of a float32
         wide = np.frombuffer(data, "<u2").astype(np.uint32) << 16
@@ -172,23 +194,26 @@ def _torch(path: pathlib.Path, file: BinaryIO) -> dict[str, Any]:
         import torch
     except ImportError:
         raise UserError(
-            f"{path}: needs PyTorch: pip install 'bitmixer_jax[torch]'; or save it as .safetensors"
+            f"{path}: needs PyTorch: pip install 'bitmixer_jax[torch]'; or save it as .safetensors",
+            "not-installed",
         ) from None
     refuse_bombs(path, file)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a damaged file makes torch believe
+            warnings.simplefilter("ignore")  # torch warns of what it finds in a damaged file
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        line = str(error).partition("\n")[0][:200]
-        if "Weights only" in line:  # it goes on with advice to let the file run code
-            line = "not of torch.save, or it holds more than tensors"
-        raise UserError(f"{path}: not a state_dict that torch.load reads ({line})") from None
-    for key in ("state_dict", "model"):  # what trainers wrap it in
+        why = reason(error)
+        if "Weights only" in why:  # torch goes on with advice to let the file run code
+            why = "not of torch.save, or it holds more than tensors"
+        raise UserError(
+            f"{path}: not a state_dict that torch.load reads ({why})", "wrong-format"
+        ) from None
+    for key in ("state_dict", "model"):  # names under which trainers save it
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
     ):
-        raise UserError(f"{path}: holds no state_dict")
+        raise UserError(f"{path}: holds no state_dict", "wrong-format")
     return dict(found)

@@ -4,11 +4,12 @@
     bitmixer train --config experiments/configs/cifar10_cpu.py --workdir runs/tbn-s0 \\
         --config.init_from=runs/float-s0
 
-On one CPU core 13 and 33 minutes. Expect 83.7% of the float twin, then 85.0 / 84.3 / 82.1% at
-4 / 3 / 2 bits and 83.8% in the mean of random policies (two seeds; experiments/README.md).
+They take 13 and 33 minutes on one CPU core. Expect 83.7% for the full-precision baseline. Then
+expect 85.0 / 84.3 / 82.1% at 4 / 3 / 2 bits and 83.8% in the mean of random policies (two seeds;
+experiments/README.md).
 """
 
-from bitmixer_jax.training import default_config, float_config
+from bitmixer_jax.training import baseline_config, default_config
 
 
 def get_config(variant=""):
@@ -24,5 +25,5 @@ def get_config(variant=""):
     config.stages.mixed.epochs = 10.0
     config.evaluate_every = 2.0
     if variant == "float":
-        return float_config(config, epochs=12.0)
+        return baseline_config(config, epochs=12.0)
     return config

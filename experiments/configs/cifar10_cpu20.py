@@ -1,13 +1,13 @@
 """CIFAR-10 with a ResNet-20 sized for CPUs: 18 quantised layers, a stem of stride 2.
 
-The last tenth of the training images is left to the search for policies.
+Training leaves the last tenth of the training images to the search for policies.
 
     bitmixer train --config experiments/configs/cifar10_cpu20.py:float --workdir runs/float20-s0
     bitmixer train --config experiments/configs/cifar10_cpu20.py --workdir runs/net20-s0 \\
         --config.init_from=runs/float20-s0
 """
 
-from bitmixer_jax.training import default_config, float_config
+from bitmixer_jax.training import baseline_config, default_config
 
 
 def get_config(variant=""):
@@ -25,5 +25,5 @@ def get_config(variant=""):
     config.evaluate_every = 4.0
     config.evaluate_random = 0
     if variant == "float":
-        return float_config(config, epochs=10.0)
+        return baseline_config(config, epochs=10.0)
     return config

@@ -1,13 +1,13 @@
 """CIFAR-10 with 6 quantised layers of 16 channels: 729 policies, few enough to try them all.
 
-The last tenth of the training images is left to the search for policies.
+Training leaves the last tenth of the training images to the search for policies.
 
     bitmixer train --config experiments/configs/cifar10_cpu6.py:float --workdir runs/float6-s0
     bitmixer train --config experiments/configs/cifar10_cpu6.py --workdir runs/net6-s0 \\
         --config.init_from=runs/float6-s0
 """
 
-from bitmixer_jax.training import default_config, float_config
+from bitmixer_jax.training import baseline_config, default_config
 
 
 def get_config(variant=""):
@@ -23,5 +23,5 @@ def get_config(variant=""):
     config.evaluate_every = 4.0
     config.evaluate_random = 0
     if variant == "float":
-        return float_config(config, epochs=10.0)
+        return baseline_config(config, epochs=10.0)
     return config

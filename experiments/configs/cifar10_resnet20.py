@@ -5,10 +5,10 @@
     bitmixer train --config experiments/configs/cifar10_resnet20.py --workdir runs/r20 \
         --config.init_from=runs/r20-float
 
-For an accelerator. No run of it has been made yet, so no time and no accuracy are given.
+This is for an accelerator. No run of it has been made yet, so no time and no accuracy are given.
 """
 
-from bitmixer_jax.training import default_config, float_config
+from bitmixer_jax.training import baseline_config, default_config
 
 
 def get_config(variant=""):
@@ -23,5 +23,5 @@ def get_config(variant=""):
     config.evaluate_every = 10.0
     config.steps_per_dispatch = 10
     if variant == "float":
-        return float_config(config, epochs=200.0)
+        return baseline_config(config, epochs=200.0)
     return config

@@ -4,11 +4,11 @@
     bitmixer train --config experiments/configs/digits.py --workdir runs/digits \\
         --config.init_from=runs/digits-float
 
-Half a minute on 2 CPU cores for the second. Expect 97.5-99.5% at each width and in the mean of
-random policies, and no random policy below 96.9% (three seeds; README).
+The second command takes half a minute on 2 CPU cores. Expect 97.5-99.5% at each width and in the
+mean of random policies, and no random policy below 96.9% (three seeds; README).
 """
 
-from bitmixer_jax.training import default_config, float_config
+from bitmixer_jax.training import baseline_config, default_config
 
 
 def get_config(variant=""):
@@ -22,5 +22,5 @@ def get_config(variant=""):
     config.stages.mixed.epochs = 30.0
     config.evaluate_every = 10.0
     if variant == "float":
-        return float_config(config, epochs=30.0)
+        return baseline_config(config, epochs=30.0)
     return config

@@ -4,16 +4,16 @@
         --config.data_dir=data
     bitmixer evaluate --workdir runs/inmb --random 100
 
-How the 160 epochs are shared among the stages, the learning rate and the weight decay are our
-choice: no figures of Bit-Mixer for this network were at hand. The variant :float trains a float
-twin for 90 epochs; to start from it, add --config.init_from=WORKDIR. No run of this configuration
-has been made.
+The epochs of each stage, the learning rate and the weight decay are our choice, because no figures
+of Bit-Mixer for this network were at hand. The variant :float trains a full-precision baseline for
+90 epochs. To start from it, add --config.init_from=WORKDIR. No run of this configuration has been
+made.
 
-Hardware and time, an ESTIMATE from figures of others: one A100 and 8 CPU cores, 13 to 20 hours
+Hardware and time are an ESTIMATE from figures of others: one A100 and 8 CPU cores, 13 to 20 hours
 (docs/imagenet.md has the arithmetic).
 """
 
-from bitmixer_jax.training import default_config, float_config
+from bitmixer_jax.training import baseline_config, default_config
 
 
 def get_config(variant=""):
@@ -35,6 +35,6 @@ def get_config(variant=""):
     config.checkpoint_seconds = 600.0
     config.log_every = 100
     if variant == "float":
-        return float_config(config, epochs=90.0, learning_rate=0.05)
+        return baseline_config(config, epochs=90.0, learning_rate=0.05)
     config.model.compute_dtype = "bfloat16"  # exact for codes
     return config

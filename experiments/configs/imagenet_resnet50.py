@@ -4,15 +4,15 @@
         --config.data_dir=data
     bitmixer evaluate --workdir runs/in50 --random 100
 
-How the 160 epochs are shared among the stages is our choice. The variant :float trains a float twin
-for 90 epochs; to start from it, add --config.init_from=WORKDIR. Published for widths by layer
-(reported): 75.2 / 74.8 / 72.1% at 4 / 3 / 2 bits. No run of this configuration has been made.
+The epochs of each stage are our choice. The variant :float trains a full-precision baseline for 90
+epochs. To start from it, add --config.init_from=WORKDIR. Published for widths by layer (reported):
+75.2 / 74.8 / 72.1% at 4 / 3 / 2 bits. No run of this configuration has been made.
 
-Hardware and time, an ESTIMATE from figures of others: one A100 and 5 CPU cores, 22 to 33 hours
+Hardware and time are an ESTIMATE from figures of others: one A100 and 5 CPU cores, 22 to 33 hours
 (docs/imagenet.md has the arithmetic).
 """
 
-from bitmixer_jax.training import default_config, float_config
+from bitmixer_jax.training import baseline_config, default_config
 
 
 def get_config(variant=""):
@@ -31,6 +31,6 @@ def get_config(variant=""):
     config.checkpoint_seconds = 600.0
     config.log_every = 100
     if variant == "float":
-        return float_config(config, epochs=90.0)
+        return baseline_config(config, epochs=90.0)
     config.model.compute_dtype = "bfloat16"  # exact for codes
     return config

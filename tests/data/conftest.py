@@ -13,48 +13,45 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from bitmixer_jax.data import _specs, load, prepare
+from bitmixer_jax.data import load, local
+from bitmixer_jax.preparation import catalog, prepare
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 CIFAR = dataclasses.replace(
-    _specs.SPECS["cifar10"], image_shape=(4, 5, 3), counts={"train": 10, "test": 3}, sha256={}
+    local.SPECS["cifar10"], image_shape=(4, 5, 3), counts={"train": 10, "test": 3}
 )
 MNIST = dataclasses.replace(
-    _specs.SPECS["mnist"], image_shape=(4, 5, 1), counts={"train": 12, "test": 4}, sha256={}
+    local.SPECS["mnist"], image_shape=(4, 5, 1), counts={"train": 12, "test": 4}
 )
 
 Arrays = dict[str, np.ndarray]
 
 
-def _fake(spec: _specs.Spec) -> Arrays:
+def _pretend(monkeypatch: pytest.MonkeyPatch, spec: local.Spec, *names: str) -> Arrays:
+    """Makes tiny random arrays what the data sets of these names are."""
     rng = np.random.default_rng(0)
-    return {
+    arrays = {
         name: rng.integers(0, 256 if name.endswith("images") else 10, shape, dtype=np.uint8)
-        for name, shape in _specs.array_shapes(spec).items()
+        for name, shape in spec.array_shapes().items()
     }
-
-
-def _digests(arrays: Arrays) -> dict[str, str]:
-    return {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in arrays.items()}
+    sha256 = {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in arrays.items()}
+    for name in names:
+        published = dataclasses.replace(catalog.PUBLISHED[name], sha256=sha256)
+        monkeypatch.setitem(local.SPECS, name, spec)
+        monkeypatch.setitem(catalog.PUBLISHED, name, published)
+    return arrays
 
 
 @pytest.fixture
 def cifar(monkeypatch: pytest.MonkeyPatch) -> Arrays:
     """Tiny arrays which for this test are what CIFAR-10 is."""
-    arrays = _fake(CIFAR)
-    spec = dataclasses.replace(CIFAR, sha256=_digests(arrays))
-    monkeypatch.setitem(_specs.SPECS, "cifar10", spec)
-    return arrays
+    return _pretend(monkeypatch, CIFAR, "cifar10")
 
 
 @pytest.fixture
 def mnist(monkeypatch: pytest.MonkeyPatch) -> Arrays:
     """The same for MNIST and Fashion-MNIST."""
-    arrays = _fake(MNIST)
-    spec = dataclasses.replace(MNIST, sha256=_digests(arrays))
-    for name in ("mnist", "fashion_mnist"):
-        monkeypatch.setitem(_specs.SPECS, name, spec)
-    return arrays
+    return _pretend(monkeypatch, MNIST, "mnist", "fashion_mnist")
 
 
 def _cifar_batches(arrays: Arrays) -> dict[str, tuple[np.ndarray, np.ndarray]]:

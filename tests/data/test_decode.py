@@ -10,7 +10,7 @@ import pytest
 
 from bitmixer_jax.data import ImageReader, StreamSettings, decode, open_split, read_images
 from bitmixer_jax.data.crops import DECODERS
-from bitmixer_jax.errors import UserError
+from tests.refusals import refused
 
 DEEP = np.asarray([[0, 255, 256, 32767], [32768, 50000, 65280, 65535]] * 2, np.uint16)
 EIGHT = DEEP >> 8
@@ -102,22 +102,22 @@ def test_every_mode_gives_the_same_pixels_in_every_reader(tmp_path, read, mode):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "mentions"),
     [
-        (tiff(np.full((4, 4), 70000, np.uint32)), "whole numbers from 70000 to 70000"),
-        (tiff(np.full((4, 4), -1, np.int16)), "whole numbers from -1 to -1"),
-        (tiff(np.full((4, 4), 0.5, np.float32)), "floating-point pixels"),
-        (b"Pf\n4 4\n-1.0\n" + bytes(64), "floating-point pixels"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "none of JPEG, PNG"),
-        (b"/* XPM */\nstatic char * a[] = {", "none of JPEG, PNG"),
+        (tiff(np.full((4, 4), 70000, np.uint32)), (70000,)),
+        (tiff(np.full((4, 4), -1, np.int16)), (-1,)),
+        (tiff(np.full((4, 4), 0.5, np.float32)), ()),
+        (b"Pf\n4 4\n-1.0\n" + bytes(64), ()),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", decode.FORMATS),
+        (b"/* XPM */\nstatic char * a[] = {", decode.FORMATS),
     ],
 )
-def test_what_has_no_range_or_another_format_is_refused(tmp_path, read, content, message):
+def test_what_has_no_range_or_another_format_is_refused(tmp_path, read, content, mentions):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
+    with refused("bad-image", path, *mentions) as caught:
         read(path)
-    assert len(str(caught.value).splitlines()) == 1
+    assert ("JPEG" in str(caught.value)) == ("JPEG" in mentions)  # formats that can be read
 
 
 def test_sizes_are_checked_before_pixels_are_decoded(tmp_path, read, monkeypatch):
@@ -127,10 +127,10 @@ def test_sizes_are_checked_before_pixels_are_decoded(tmp_path, read, monkeypatch
         image.save(tmp_path / name)
     image.save(tmp_path / "lossless.webp", lossless=True)
     image.save(tmp_path / "frames.webp", save_all=True, append_images=[blue])
-    monkeypatch.setattr(decode, "MOST_PIXELS", 80)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 80)
     monkeypatch.setattr(PIL.Image.Image, "convert", None)
     for name in (*names, "lossless.webp", "frames.webp"):
-        with pytest.raises(UserError, match="9 x 9 pixels; at most 80 are read"):
+        with refused("bad-image", name, "9 x 9", 80):
             read(tmp_path / name)
 
 
@@ -140,7 +140,7 @@ def test_a_canvas_of_webp_that_is_too_large_takes_no_memory(tmp_path, read):
     data = bytearray((tmp_path / "a.webp").read_bytes())
     data[24:30] = (16382).to_bytes(3, "little") * 2
     (tmp_path / "a.webp").write_bytes(data)
-    with pytest.raises(UserError, match="16383 x 16383 pixels"):
+    with refused("bad-image", "a.webp", "16383 x 16383"):
         read(tmp_path / "a.webp")
 
 
@@ -150,7 +150,7 @@ def test_pipes_and_devices_are_refused_not_waited_for(tmp_path, read, place):
     if place == "a pipe":
         path = tmp_path / "a.png"
         os.mkfifo(path)
-    with pytest.raises(UserError, match="not a regular file"):
+    with refused("bad-image", path):
         read(path)
 
 
@@ -160,7 +160,7 @@ def test_a_pipe_among_streamed_images_is_named(pictures):
     os.mkfifo(file)
     settings = StreamSettings(size=16, resize=20)
     data = open_split("folder:pictures", "validation", pictures, stream=settings, workers=0)
-    with pytest.raises(UserError, match=rf"{file.name} \(not a regular file\)"):
+    with refused("bad-image", file):
         list(data.evaluation(16))
 
 
@@ -205,7 +205,7 @@ def test_imagenet_alone_ignores_orientation_by_default():
         assert settings.for_dataset(name).orientation == "obey"
     obey = StreamSettings(orientation="obey")
     assert obey.for_dataset("imagenet") == obey
-    with pytest.raises(UserError, match="orientation = 'up'; choose from auto, obey"):
+    with refused("bad-value", "config.stream.orientation", "'up'", "auto, obey"):
         StreamSettings(orientation="up")
 
 
@@ -229,7 +229,7 @@ def test_damaged_tags_do_not_make_an_image_unreadable(tmp_path, read):
     ],
 )
 def test_damaged_descriptions_of_a_reader_are_refused(about):
-    with pytest.raises(UserError, match=r"file.onnx: damaged: its \"images\""):
+    with refused("damaged", "file.onnx", '"images"'):
         ImageReader.from_json(about, (16, 16, 3), "file.onnx")
 
 

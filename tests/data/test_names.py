@@ -1,4 +1,4 @@
-"""Names of classes and files: those that a run knows, and those that are not UTF-8."""
+"""Names of classes and files in messages, those that are not UTF-8 too; reasons of errors."""
 
 import json
 import os
@@ -11,32 +11,54 @@ import PIL.Image
 import pytest
 
 import bitmixer_jax
-from bitmixer_jax.data import find_images, prepare, read_images, require_classes
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.data import find_images, read_images, require_classes
+from bitmixer_jax.errors import one_line, reason, shown
+from bitmixer_jax.preparation import prepare
 from tests.data.streams import CLASSES, SKIP, opened
+from tests.refusals import refused
+
+KNOWN = ("ant", "bee", "cat")
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("found", "mentions"),
     [
-        (["a", "b", "c", "d"], "1 that it does not know (d)"),
-        (["a", "b"], "1 are missing (c)"),
-        (["a", "B", "c"], "1 that it does not know (B); 1 are missing (b)"),
-        (["a", "c", "b"], "in another order: class 1 is c, in the network b"),
-        (["a", "b", "c", "c"], "has 4 classes, some of them twice"),
-        (["a", "b", "c", *map(str, range(1000))], "1000 that it does not know (0, 1, 2, 3, 4"),
-        (["a", "b", "c", "x\ny"], r"(x\ny)"),
+        ([*KNOWN, "dog"], (1, "(dog)")),
+        (["ant", "bee"], (1, "(cat)")),
+        (["ant", "Bee", "cat"], ("(Bee)", "(bee)")),
+        (["ant", "cat", "bee"], (1, "cat", "bee")),
+        ([*KNOWN, "cat"], (4, 3)),
+        ([*KNOWN, *map(str, range(1000))], (1000, "(0, 1, 2, 3, 4")),
+        ([*KNOWN, "x\ny"], (r"(x\ny)",)),
     ],
 )
-def test_other_classes_are_named(found, message):
-    require_classes(["a", "b", "c"], ("a", "b", "c"), "folder:x train")
-    with pytest.raises(UserError) as caught:
-        require_classes(found, ("a", "b", "c"), "folder:x train")
+def test_other_classes_are_named(found, mentions):
+    require_classes(list(KNOWN), KNOWN, "folder:x train")
+    with refused("other-data", *mentions) as caught:
+        require_classes(found, KNOWN, "folder:x train")
     said = str(caught.value)
     assert said.startswith("folder:x train: ")
-    assert message in said
-    assert len(said.splitlines()) == 1
     assert len(said) < 400
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/x"), "No such file or directory"),
+        (OSError("it is too large"), "it is too large"),
+        (ValueError("\n \n what is wrong \n where"), "what is wrong"),
+        (KeyError(), "KeyError"),
+        (ValueError("a\x1bb"), r"a\x1bb"),
+        (ValueError("x" * 1000), "x" * 200),
+    ],
+)
+def test_reason_of_an_error(error, expected):
+    assert reason(error) == expected
+
+
+def test_values_are_shown_on_one_short_line():
+    assert shown("a\nb") == r"'a\nb'"
+    assert len(shown("x" * 1000)) == 80
 
 
 ODD = [b"\xff\xfe", "été".encode("latin-1"), b"a\nb"]
@@ -67,14 +89,12 @@ def test_messages_of_odd_names_are_one_line(odd):
     for name in ODD:
         with open(train + b"/" + name + b"/" + name + b".JPEG", "wb"):
             pass
-    with pytest.raises(UserError, match="3 of the 45 images") as caught:
+    with refused("bad-image", 3, 45):
         next(opened(("folder:pictures", odd)).evaluation(45))
-    assert len(str(caught.value).splitlines()) == 1
     (odd / "pictures/validation").mkdir()
     (odd / "pictures/validation/x\ny").mkdir()
-    with pytest.raises(UserError, match="classes that") as caught:
+    with refused("other-data", r"x\ny"):
         opened(("folder:pictures", odd), "validation", SKIP)
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_images_of_odd_names_are_found_and_refused_in_one_line(tmp_path):
@@ -87,23 +107,21 @@ def test_images_of_odd_names_are_found_and_refused_in_one_line(tmp_path):
     assert read_images(found, (4, 4, 1)).shape == (3, 4, 4, 1)
     for path in found:
         path.write_bytes(b"")
-        with pytest.raises(UserError) as caught:
+        with refused("bad-image", one_line(path)):
             read_images([path], (4, 4, 1))
-        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_records_refuse_classes_that_they_cannot_hold(odd, tmp_path):
     shutil.copytree(odd / "pictures/train", odd / "pictures/val")
-    with pytest.raises(UserError, match="has a name that records cannot hold; rename it"):
+    with refused("bad-value", ascii("a\nb")):
         prepare("imagenet", odd / "pictures", tmp_path / "records")
 
 
 @pytest.mark.parametrize("place", ["~nobody-of-this-name/x", "gs://bucket/x", "a\0b"])
 def test_folders_that_cannot_be(place):
-    with pytest.raises(UserError):
-        opened(("folder:pictures", place))
-    with pytest.raises(UserError):
-        opened((f"folder:{place}", "."))
+    for form in (("folder:pictures", place), (f"folder:{place}", ".")):
+        with refused("bad-path", repr(place)[1:-1]):
+            opened(form)
 
 
 # --- scripts that decoding processes cannot import ---
@@ -136,4 +154,5 @@ def test_a_missing_main_guard_is_named(pristine, tmp_path, way):
     last = done.stderr.splitlines()[-1]
     assert 'if __name__ == "__main__"' in last
     assert "config.workers=0" in last
-    assert ("<stdin> is no file" in last) == (way == "standard input")
+    assert ("<stdin>" in last) == (way == "standard input")
+    assert ("script.py" in last) == (way == "no guard")

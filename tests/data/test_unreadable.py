@@ -1,16 +1,19 @@
 """Damaged images, empty classes, unreadable records: named, counted, and fatal or skipped."""
 
 import dataclasses
+import errno
 import logging
+import os
 import pathlib
 import sys
 
 import numpy as np
 import pytest
 
-from bitmixer_jax.data import Order, StreamSettings, prepare
-from bitmixer_jax.errors import UserError
+from bitmixer_jax.data import Order, StreamSettings
+from bitmixer_jax.preparation import imagenet, prepare
 from tests.data.streams import SKIP, SMALL, VALIDATION, opened, same, training
+from tests.refusals import refused
 
 
 def damage(folder: pathlib.Path, split: str = "train") -> list[str]:
@@ -25,19 +28,16 @@ def damage(folder: pathlib.Path, split: str = "train") -> list[str]:
 def test_damaged_images_are_named_and_counted(pictures):
     names = damage(pictures)
     data = opened(("folder:pictures", pictures))
-    with pytest.raises(UserError, match="3 of the 45 images of a batch cannot be read") as caught:
-        training(data, 0, 1, batch=45)
     assert len(names) == 3
-    assert all(name in str(caught.value) for name in names)
-    assert "skip_unreadable=True" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    with refused("bad-image", 3, 45, *names, "config.stream.skip_unreadable=True"):
+        training(data, 0, 1, batch=45)
 
 
 def test_a_file_that_is_gone_is_named(pictures):
     data = opened(("folder:pictures", pictures), "validation")
     gone = pathlib.Path(data.source.name(2))
     gone.unlink()
-    with pytest.raises(UserError, match=f"1 of the 4 .*{gone.name} .No such file"):
+    with refused("bad-image", 1, 4, gone, os.strerror(errno.ENOENT)):
         list(data.evaluation(4))
 
 
@@ -46,8 +46,7 @@ def test_skipped_images_are_replaced_the_same_way_each_time(pictures, caplog):
     data = opened(("folder:pictures", pictures), settings=SKIP)
     with caplog.at_level(logging.WARNING):
         found = training(data, batch=9)
-    assert sum("unreadable image left out" in text for text in caplog.messages) == 3
-    assert all(any(name in text for text in caplog.messages) for name in names)
+    assert [sum(name in text for text in caplog.messages) for name in names] == [1, 1, 1]
     assert (found[1] >= 0).all()
     assert found[0].any(axis=(2, 3, 4)).all()
     assert same(found, training(data, batch=9))
@@ -77,7 +76,7 @@ def test_a_set_in_which_nothing_is_readable_is_refused(pictures):
     for file in (pictures / "pictures/train").rglob("*.JPEG"):
         file.write_bytes(b"")
     data = opened(("folder:pictures", pictures), settings=SKIP)
-    with pytest.raises(UserError, match="100 images in a row cannot be read"):
+    with refused("bad-image", 100):
         training(data)
 
 
@@ -87,17 +86,17 @@ def test_empty_classes_are_named_and_counted(pictures, caplog):
             file.unlink()
     (pictures / "pictures/val/n0002").rmdir()
     form = ("folder:pictures", pictures)
-    with pytest.raises(UserError, match="2 of 3 classes without images: n0001, n0002; complete"):
+    with refused("no-data", 2, 3, "n0001, n0002", "config.stream.skip_unreadable=True"):
         opened(form, "validation")
     data = opened(form, "validation", SKIP)
-    assert "2 of 3 classes without images: n0001, n0002" in caplog.text
+    assert "n0001, n0002" in caplog.text
     assert len(data) == VALIDATION
     assert data.num_classes == 3
 
 
 def test_classes_that_train_does_not_have_are_refused(pictures):
     (pictures / "pictures/val/n9999").mkdir()
-    with pytest.raises(UserError, match=r"1 classes that .*train does not have: n9999"):
+    with refused("other-data", 1, pictures / "pictures/train", "n9999"):
         opened(("folder:pictures", pictures), "validation", SKIP)
 
 
@@ -108,33 +107,23 @@ def test_a_flat_folder_says_what_to_do(pictures):
     for folder in list(val.iterdir()):
         if folder.is_dir():
             folder.rmdir()
-    with pytest.raises(UserError, match="15 images outside of any: move each image into the"):
+    with refused("no-data", val, 15):
         opened(("folder:pictures", pictures), "validation")
 
 
 def test_no_folder_of_classes_and_unknown_splits_are_refused(pristine):
-    with pytest.raises(UserError, match="no folder of classes: give one with train/CLASS"):
+    with refused("no-data", pristine / "elsewhere", "train/CLASS"):
         opened(("folder:elsewhere", pristine))
-    with pytest.raises(UserError, match=r"unknown split 'tset': give train or validation"):
+    with refused("unknown-name", "'tset'", "train or validation"):
         opened(("folder:pictures", pristine), "tset")
-    with pytest.raises(UserError, match="reaches beyond the 45 examples"):
+    with refused("bad-value", "'train[:50]'", 45):
         opened(("folder:pictures", pristine), "train[:50]")
 
 
 def shards(pictures, tmp_path, number):
     """Records of the pictures, with the training examples in ``number`` files."""
-    import tensorflow_datasets as tfds
-
-    from bitmixer_jax.data import _imagenet
-
-    classes, splits = _imagenet._from_folders(pictures)
-    files = splits["train"]()
-    builder = _imagenet._builder({"train": lambda: files}, classes)(
-        data_dir=tmp_path, file_format="array_record"
-    )
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False, num_shards=number)
-    )
+    classes, splits = imagenet.images_of_folders(pictures)
+    imagenet.write_splits(classes, {"train": splits["train"]}, tmp_path, num_shards=number)
     return sorted((tmp_path / "imagenet2012/5.1.0").glob("*train*"))
 
 
@@ -148,10 +137,8 @@ def test_unreadable_files_of_records_are_named_and_counted(pristine, tmp_path, f
     else:
         data = files[1].read_bytes()
         files[1].write_bytes(data[:5000] if fault == "truncated" else b"x" * len(data))
-    with pytest.raises(UserError, match=r"1 of 3 files of records .* 15 of 45 images") as caught:
+    with refused("no-data", 1, 3, 15, 45, files[1].name):
         opened(form)
-    assert files[1].name in str(caught.value)
-    assert "\n" not in str(caught.value)
     data = opened(form, settings=SKIP)
     assert files[1].name in caplog.text
     found = training(data, batch=9)
@@ -165,7 +152,7 @@ def test_unreadable_files_of_records_are_named_and_counted(pristine, tmp_path, f
 def test_a_label_that_no_class_has_is_unreadable(records):
     data = opened(("tfds:imagenet2012", records))
     narrow = dataclasses.replace(data.source, classes=2)
-    with pytest.raises(UserError, match=r"label 2, where 0\.\.1 is allowed"):
+    with refused("bad-image", 2, "0..1"):
         training(dataclasses.replace(data, source=narrow))
 
 
@@ -182,14 +169,14 @@ def test_settings_that_make_no_sense_are_refused():
         (dict(size=300), "resize"),
         (dict(min_area=0.0), "min_area"),
     ):
-        with pytest.raises(UserError, match=f"config.stream.{hint}"):
+        with refused("bad-value", f"config.stream.{hint} = {how.get(hint, 256)}"):
             StreamSettings(**how)
 
 
 def test_a_decoder_that_is_not_installed_says_how_to_get_it(pristine, monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     settings = dataclasses.replace(SMALL, decoder="turbo")
-    with pytest.raises(UserError, match=r"needs simplejpeg .* pip install simplejpeg opencv"):
+    with refused("not-installed", "'turbo'", "pip install simplejpeg opencv"):
         opened(("folder:pictures", pristine), settings=settings)
-    with pytest.raises(UserError, match="'fast'; choose from pil, turbo"):
+    with refused("bad-value", "'fast'", "pil, turbo"):
         opened(("folder:pictures", pristine), settings=dataclasses.replace(SMALL, decoder="fast"))

@@ -8,22 +8,24 @@ import numpy as np
 import pytest
 
 import bitmixer_jax as bm
-from bitmixer_jax.export.deployed import deploy
+from bitmixer_jax.export.integer_model import to_integer_model
 from bitmixer_jax.training.checkpoints import digest
 
-KINDS = {
+WEIGHT_QUANTIZERS = {
     "resnet8": dict(name="resnet8", image_shape=(8, 8, 1), width=8),
     "resnet18": dict(
         name="resnet18", image_shape=(32, 32, 3), width=8, stage_sizes=(1, 1), stem_kernel=7
     ),
     "mobilenet": dict(name="mobilenetv2", image_shape=(32, 32, 3), multiplier=0.1),
-    "int8 ends": dict(name="resnet8", image_shape=(8, 8, 1), width=8, ends="int8"),
-    "double": dict(name="resnet8", image_shape=(8, 8, 3), width=8, weight_kind="double"),
-    "independent": dict(name="resnet8", image_shape=(8, 8, 1), width=8, weight_kind="independent"),
+    "int8 ends": dict(name="resnet8", image_shape=(8, 8, 1), width=8, first_last_layers="int8"),
+    "double": dict(name="resnet8", image_shape=(8, 8, 3), width=8, weight_quantizer="double"),
+    "independent": dict(
+        name="resnet8", image_shape=(8, 8, 1), width=8, weight_quantizer="independent"
+    ),
     "per width": dict(name="resnet8", image_shape=(8, 8, 1), width=8, norm="per_width"),
     "wide": dict(name="resnet8", image_shape=(8, 8, 1), width=8, choices=(2, 4, 8)),
     "double, wide": dict(
-        name="resnet8", image_shape=(8, 8, 1), width=6, weight_kind="double", choices=(2, 5, 8)
+        name="resnet8", image_shape=(8, 8, 1), width=6, weight_quantizer="double", choices=(2, 5, 8)
     ),
 }
 
@@ -31,14 +33,17 @@ KINDS = {
 EVERYDAY = ("resnet18", "int8 ends", "double", "independent")
 EACH_KIND = pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=[] if kind in EVERYDAY else pytest.mark.slow) for kind in KINDS],
+    [
+        pytest.param(kind, marks=[] if kind in EVERYDAY else pytest.mark.slow)
+        for kind in WEIGHT_QUANTIZERS
+    ],
 )
 
 
 @functools.cache
 def network(kind):
     """(model, variables) with random norms, negative scales among them, all pairs visited."""
-    settings = dict(KINDS[kind])
+    settings = dict(WEIGHT_QUANTIZERS[kind])
     space = bm.BitSpace(settings.pop("choices", (2, 3, 4)))
     model = bm.create_model(settings.pop("name"), num_classes=3, space=space, **settings)
     rng = np.random.default_rng(0)
@@ -61,17 +66,17 @@ def network(kind):
 
 
 @functools.cache
-def deployed(kind):
+def integer_model(kind):
     """The network as integers."""
     model, variables = network(kind)
     channels = model.image_shape[-1]
-    return deploy(
+    return to_integer_model(
         model,
         variables,
         mean=np.linspace(100, 120, channels),
         std=np.linspace(50, 60, channels),
         classes=("a", "b", "c"),
-        network=digest(variables),
+        weights_digest=digest(variables),
         about={"model": kind},
     )
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from bitmixer_jax.data import normalize
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.integer import run_integer
-from bitmixer_jax.export.onnx_graph import CARRIERS, policy_model, save_onnx, switchable_model
+from bitmixer_jax.export.integer_engine import run_integer
+from bitmixer_jax.export.onnx_graph import STORAGE_DTYPES, policy_model, save_onnx, switchable_model
 from bitmixer_jax.export.onnx_int8 import int8_model, stream_ranges
 from bitmixer_jax.export.onnx_runner import OPTIMIZATION, OnnxRunner
-from tests.export.networks import EACH_KIND, KINDS, deployed, network, policies
+from tests.export.networks import EACH_KIND, WEIGHT_QUANTIZERS, integer_model, network, policies
+from tests.refusals import refused
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -29,7 +29,7 @@ def pixels(kind, number=6, seed=0):
 
 
 def reference(kind):
-    found = deployed(kind)
+    found = integer_model(kind)
     return jax.jit(lambda x, p: run_integer(found, normalize(x, found.mean, found.std), p))
 
 
@@ -41,7 +41,7 @@ def switchable(tmp_path_factory):
     def path(kind):
         file = folder / f"{kind}.onnx"
         if not file.exists():
-            save_onnx(file, switchable_model(deployed(kind)))
+            save_onnx(file, switchable_model(integer_model(kind)))
         return file
 
     return path
@@ -58,13 +58,13 @@ def test_the_switchable_graph_gives_the_logits_of_the_network(kind, level, switc
         np.testing.assert_allclose(runner(images, policy), run(images, policy), **CLOSE)
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("storage_dtype", STORAGE_DTYPES)
 @EACH_KIND
-def test_the_graph_of_one_policy_gives_its_logits(kind, carrier, tmp_path):
+def test_the_graph_of_one_policy_gives_its_logits(kind, storage_dtype, tmp_path):
     run, images = reference(kind), pixels(kind)
-    for number, policy in enumerate(policies(kind)[:: 1 if carrier == "int8" else 3]):
+    for number, policy in enumerate(policies(kind)[:: 1 if storage_dtype == "int8" else 3]):
         path = tmp_path / f"{number}.onnx"
-        save_onnx(path, policy_model(deployed(kind), policy, carrier))
+        save_onnx(path, policy_model(integer_model(kind), policy, storage_dtype))
         for level in OPTIMIZATION:
             found = OnnxRunner(path, level)(images)
             np.testing.assert_allclose(found, run(images, policy), **CLOSE)
@@ -72,14 +72,17 @@ def test_the_graph_of_one_policy_gives_its_logits(kind, carrier, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "every"),
-    [("resnet18", 3), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in KINDS)],
+    [
+        ("resnet18", 3),
+        *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in WEIGHT_QUANTIZERS),
+    ],
 )
 def test_the_fast_graph_gives_nearly_the_logits_of_its_policy(kind, every, tmp_path):
     run, images = reference(kind), pixels(kind, 32)
     for number, policy in enumerate(policies(kind)[::every]):
         path = tmp_path / f"{number}.onnx"
-        ranges = stream_ranges(deployed(kind), policy, images)
-        save_onnx(path, int8_model(deployed(kind), policy, ranges))
+        ranges = stream_ranges(integer_model(kind), policy, images)
+        save_onnx(path, int8_model(integer_model(kind), policy, ranges))
         wanted = np.asarray(run(images, policy))
         for level in OPTIMIZATION:
             found = OnnxRunner(path, level)(images)
@@ -89,7 +92,7 @@ def test_the_fast_graph_gives_nearly_the_logits_of_its_policy(kind, every, tmp_p
 
 def test_the_fast_graph_keeps_an_8_bit_stem_whose_codes_reach_their_end(tmp_path):
     kind = "int8 ends"
-    found, policy = deployed(kind), policies(kind)[0]
+    found, policy = integer_model(kind), policies(kind)[0]
     codes = found.stem.kernels[0].codes.copy()
     codes.flat[0] = -128
     kernels = (dataclasses.replace(found.stem.kernels[0], codes=codes),)
@@ -106,7 +109,9 @@ def test_the_fast_graph_keeps_an_8_bit_stem_whose_codes_reach_their_end(tmp_path
 def test_the_fast_graph_is_fused_into_integer_convolutions(tmp_path):
     kind = "resnet8"
     policy = policies(kind)[0]
-    model = int8_model(deployed(kind), policy, stream_ranges(deployed(kind), policy, pixels(kind)))
+    model = int8_model(
+        integer_model(kind), policy, stream_ranges(integer_model(kind), policy, pixels(kind))
+    )
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3
@@ -114,7 +119,7 @@ def test_the_fast_graph_is_fused_into_integer_convolutions(tmp_path):
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     ops = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
-    layers = sum(len(layer.kernels) for layer in deployed(kind).layers)
+    layers = sum(len(layer.kernels) for layer in integer_model(kind).layers)
     assert ops.count("QLinearConv") == layers
     assert ops.count("Conv") == 1  # the stem
 
@@ -131,10 +136,10 @@ def test_any_batch(switchable):
 
 
 def test_all_operators_are_standard_and_weights_are_integers():
-    found = deployed("resnet8")
+    found = integer_model("resnet8")
     uniform = np.full(6, 2)
-    for carrier, (bits, opset) in CARRIERS.items():
-        model = policy_model(found, uniform, carrier)
+    for storage_dtype, (bits, opset) in STORAGE_DTYPES.items():
+        model = policy_model(found, uniform, storage_dtype)
         assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
         assert {node.domain for node in model.graph.node} == {""}
         kinds = {t.name: t.data_type for t in model.graph.initializer}
@@ -147,15 +152,15 @@ def test_all_operators_are_standard_and_weights_are_integers():
 def test_layers_too_wide_for_a_carrier_take_the_next(tmp_path):
     kind = "wide"
     policy = policies(kind)[-1]
-    model = policy_model(deployed(kind), policy, "int2")
+    model = policy_model(integer_model(kind), policy, "int2")
     kinds = {t.name: t.data_type for t in model.graph.initializer}
-    for name, width in zip(deployed(kind).names, policy, strict=True):
+    for name, width in zip(integer_model(kind).names, policy, strict=True):
         bits = 2 if width == 2 else 4 if width <= 4 else 8
         assert kinds[f"{name}.conv"] == getattr(onnx.TensorProto, f"INT{bits}")
 
 
 def test_the_metadata_tell_how_to_use_it(switchable, tmp_path):
-    found, policy = deployed("resnet8"), policies("resnet8")[-1]
+    found, policy = integer_model("resnet8"), policies("resnet8")[-1]
     save_onnx(tmp_path / "one.onnx", policy_model(found, policy))
     for path in (switchable("resnet8"), tmp_path / "one.onnx"):
         about = {p.key: p.value for p in onnx.load(path).metadata_props}
@@ -193,38 +198,38 @@ def test_an_unknown_width_gives_nan(switchable):
 
 def test_policies_that_do_not_fit_are_refused(switchable, tmp_path):
     runner = OnnxRunner(switchable("resnet8"))
-    with pytest.raises(UserError, match="give a policy"):
+    with refused("missing-value"):
         runner(pixels("resnet8"))
-    with pytest.raises(UserError):
+    with refused("policy-width", 5, (2, 3, 4)):
         runner(pixels("resnet8"), [5] * 6)
-    save_onnx(tmp_path / "one.onnx", policy_model(deployed("resnet8"), np.full(6, 3)))
-    with pytest.raises(UserError, match="holds one policy"):
+    save_onnx(tmp_path / "one.onnx", policy_model(integer_model("resnet8"), np.full(6, 3)))
+    with refused("conflict"):
         OnnxRunner(tmp_path / "one.onnx")(pixels("resnet8"), [3] * 6)
-    with pytest.raises(UserError, match="carrier 'int3'"):
-        policy_model(deployed("resnet8"), np.full(6, 3), "int3")
+    with refused("bad-value", "'int3'", ", ".join(STORAGE_DTYPES)):
+        policy_model(integer_model("resnet8"), np.full(6, 3), "int3")
 
 
 def test_other_files_are_refused(switchable, tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with refused("no-such-file", tmp_path / "none.onnx"):
         OnnxRunner(tmp_path / "none.onnx")
     whole = switchable("resnet8").read_bytes()
     path = tmp_path / "damaged.onnx"
     for content in (b"", b"something else", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="not an ONNX export"):
+        with refused("damaged", path):
             OnnxRunner(path)
     model = onnx.load(switchable("resnet8"))
     del model.metadata_props[:]
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="metadata"):
+    with refused("wrong-format", path):
         OnnxRunner(path)
 
 
 def test_a_missing_engine_names_the_extra(monkeypatch, switchable):
     path = switchable("resnet8")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"pip install 'bitmixer_jax\[onnx\]'"):
+    with refused("not-installed", "onnxruntime", "bitmixer_jax[onnx]"):
         OnnxRunner(path)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"pip install 'bitmixer_jax\[onnx\]'"):
-        switchable_model(deployed("resnet8"))
+    with refused("not-installed", "bitmixer_jax[onnx]"):
+        switchable_model(integer_model("resnet8"))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bitmixer_jax.data import normalize
-from bitmixer_jax.errors import UserError
-from bitmixer_jax.export.integer import tensors
+from bitmixer_jax.export.integer_engine import tensors
 from bitmixer_jax.export.pytorch import TorchRunner, export_pytorch, state_dict
-from tests.export.networks import EACH_KIND, deployed, network, policies
+from tests.export.networks import EACH_KIND, integer_model, network, policies
+from tests.refusals import refused
 
 torch = pytest.importorskip("torch")
 
@@ -24,7 +24,7 @@ def exported(tmp_path_factory):
     def get(kind):
         if kind not in made:
             made[kind] = base / kind.replace(" ", "-").replace(",", "")
-            export_pytorch(deployed(kind), made[kind])
+            export_pytorch(integer_model(kind), made[kind])
         return made[kind]
 
     return get
@@ -37,7 +37,7 @@ def pixels(kind, number=6):
 
 @EACH_KIND
 def test_every_tensor_is_that_of_the_integer_engine(kind, exported):
-    net, found = TorchRunner(exported(kind)).net, deployed(kind)
+    net, found = TorchRunner(exported(kind)).net, integer_model(kind)
     images = pixels(kind)
     run = jax.jit(lambda x, p: tensors(found, normalize(x, found.mean, found.std), p))
     planes = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
@@ -54,7 +54,7 @@ def test_every_tensor_is_that_of_the_integer_engine(kind, exported):
 
 
 def test_int8_ends_leave_nothing_to_round_differently(exported):
-    net, found = TorchRunner(exported("int8 ends")).net, deployed("int8 ends")
+    net, found = TorchRunner(exported("int8 ends")).net, integer_model("int8 ends")
     images, policy = pixels("int8 ends", 50), policies("int8 ends")[-1]
     run = jax.jit(lambda x, p: tensors(found, normalize(x, found.mean, found.std), p))
     wanted = run(images, policy)
@@ -106,7 +106,7 @@ def test_images_of_another_shape_are_refused(exported):
 
 
 def test_quantised_weights_are_int8_alone():
-    state = state_dict(deployed("resnet18"))
+    state = state_dict(integer_model("resnet18"))
     floats = [name for name, array in state.items() if array.dtype == np.float32]
     assert floats
     assert all(
@@ -133,5 +133,6 @@ def test_the_module_stands_on_its_own(exported):
 
 
 def test_a_folder_that_is_there_is_left_alone(exported):
-    with pytest.raises(UserError, match="cannot write there"):
-        export_pytorch(deployed("resnet8"), exported("resnet8"))
+    folder = exported("resnet8")
+    with refused("not-writable", folder):
+        export_pytorch(integer_model("resnet8"), folder)

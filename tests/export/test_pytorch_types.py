@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from bitmixer_jax.export.pytorch import TorchRunner, export_pytorch
-from tests.export.networks import deployed
+from tests.export.networks import integer_model
 
 torch = pytest.importorskip("torch")
 
-KINDS = ("resnet8", "int8 ends")
+WEIGHT_QUANTIZERS = ("resnet8", "int8 ends")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The folder of an export by kind."""
     base = tmp_path_factory.mktemp("torch")
-    for number, kind in enumerate(KINDS):
-        export_pytorch(deployed(kind), base / str(number))
-    return {kind: base / str(number) for number, kind in enumerate(KINDS)}
+    for number, kind in enumerate(WEIGHT_QUANTIZERS):
+        export_pytorch(integer_model(kind), base / str(number))
+    return {kind: base / str(number) for number, kind in enumerate(WEIGHT_QUANTIZERS)}
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ CONVERSIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WEIGHT_QUANTIZERS)
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_no_conversion_changes_an_answer(kind, name, folders, images):
     net = TorchRunner(folders[kind]).net
@@ -63,7 +63,7 @@ def test_no_conversion_changes_an_answer(kind, name, folders, images):
 def test_a_module_and_images_in_channels_last(folders, images):
     # Of three channels: with one both formats are the same.
     folder = folders["resnet8"].with_name("double")
-    export_pytorch(deployed("double"), folder)
+    export_pytorch(integer_model("double"), folder)
     net, images = TorchRunner(folder).net, images.expand(-1, 3, -1, -1).contiguous()
     wanted = net(images)
     net = net.to(memory_format=torch.channels_last)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bitmixer_jax.runnable import of_model
+from bitmixer_jax.loaded_model import from_variables
 from bitmixer_jax.runtime import Runtime
 
 POLICY = np.asarray([4, 3, 2, 2, 3, 4], np.int32)
@@ -20,4 +20,4 @@ def drawn(runtime, number, seed):
 def build(network, digits, **settings):
     model, variables = network
     about = dict(mean=digits.mean, std=digits.std, classes=digits.classes)
-    return Runtime(of_model(model, variables, **about), **settings)
+    return Runtime(from_variables(model, variables, **about), **settings)

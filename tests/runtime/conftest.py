@@ -7,7 +7,7 @@ import pytest
 
 from bitmixer_jax import data
 from bitmixer_jax.runtime import Runtime
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.trained import load
 from tests.runtime.builds import BATCH
 
 
@@ -26,7 +26,8 @@ def fresh(runtime):
 @pytest.fixture(scope="module")
 def network(trained):
     """Network and variables at the end of training."""
-    return load_trained(trained)[1:]
+    loaded = load(trained)
+    return loaded.model, loaded.variables
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 
 from bitmixer_jax import data
 from bitmixer_jax.evaluation import Evaluator
-from bitmixer_jax.search import workdir as workdirs
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.search import SearchSession, SearchSettings, session
+from bitmixer_jax.trained import load
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def workdir(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(trained):
-    return load_trained(trained)[1]
+    return load(trained).model
 
 
 @pytest.fixture
@@ -48,18 +48,19 @@ def no_network(monkeypatch):
     def load(source):
         raise AssertionError("the network was loaded")
 
-    monkeypatch.setattr(workdirs, "load_trained", load)
+    monkeypatch.setattr(session, "load", load)
 
 
 @pytest.fixture
-def as_if(monkeypatch):
-    """``as_if(train_split=...)``: the runs that are loaded say so."""
+def as_if(trained):
+    """``as_if(train_split=...)``: opens sessions on the run as if it had such settings."""
 
     def change(**settings):
-        def load(source):
-            run, model, variables = load_trained(source)
-            return dataclasses.replace(run, **settings), model, variables
-
-        monkeypatch.setattr(workdirs, "load_trained", load)
+        loaded = load(trained)
+        changed = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, **settings))
+        return lambda **more: SearchSession(changed, SearchSettings(**{**SMALL, **more}))
 
     return change
+
+
+SMALL = dict(images=16, evaluations=2, method="random")

@@ -9,10 +9,10 @@ import bitmixer_jax as bm
 from bitmixer_jax.cost import costs
 from bitmixer_jax.evaluation import Scores
 from bitmixer_jax.search import (
+    Constraint,
     Evolution,
     Greedy,
     IntegerProgram,
-    Limit,
     Problem,
     Random,
 )
@@ -76,10 +76,13 @@ class Entangled(Additive):
         return super().losses(policies) + between
 
 
-def problem_of(limits=(), groups=ALONE, axis="bitops", of=COSTS):
-    found = tuple(Limit(cost=of[name], most=most) for name, most in limits)
+def problem_of(constraints=(), groups=ALONE, objective="bitops", of=COSTS):
+    found = tuple(Constraint(cost=of[name], upper_bound=most) for name, most in constraints)
     return Problem(
-        space=SPACE, groups=groups, axis=found[0].cost if found else of[axis], limits=found
+        space=SPACE,
+        groups=groups,
+        objective=found[0].cost if found else of[objective],
+        constraints=found,
     )
 
 

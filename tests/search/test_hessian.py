@@ -124,13 +124,13 @@ def test_there_is_a_trace_for_each_kernel_also_of_shortcuts():
 
 def problem_of(model, selection="layer"):
     groups = model.groups(selection)
-    return Problem(space=model.space, groups=groups, axis=costs(model)["bitops"])
+    return Problem(space=model.space, groups=groups, objective=costs(model)["bitops"])
 
 
 def random_variables(model):
     """Kernels and step sizes alone: the traces are given."""
     rng, params = np.random.default_rng(2), {}
-    steps = len(model.space.choices) if model.quant.weight_kind == "independent" else 1
+    steps = len(model.space.choices) if model.quant.weight_quantizer == "independent" else 1
     for layer in model.layers:
         params[layer.name] = {
             kernel.name: {
@@ -142,12 +142,12 @@ def random_variables(model):
     return {"params": params}
 
 
-@pytest.mark.parametrize("kind", oracle.KINDS)
+@pytest.mark.parametrize("kind", oracle.WEIGHT_QUANTIZERS)
 @pytest.mark.parametrize("selection", ["layer", "block"])
 def test_sensitivity_is_half_the_mean_curvature_times_the_change_of_the_weights(
     monkeypatch, kind, selection
 ):
-    model = make(weight_kind=kind)
+    model = make(weight_quantizer=kind)
     variables = random_variables(model)
     given = {
         layer.name: {kernel.name: 0.5 + i + j for j, kernel in enumerate(layer.kernels)}

@@ -1,7 +1,8 @@
 """Makes tiny.tar.gz: the runs of tests/tiny_config.py that most tests share, trained and reported.
 
 ``run`` went through the three stages in 2 + 6 + 80 steps, so that every pair of widths was visited;
-``float`` is the float twin, of 8 steps. Of the checkpoints those at the ends of stages are kept.
+``float`` is the full-precision baseline, of 8 steps. Of the
+checkpoints those at the ends of stages are kept.
 Plots are left out: what tests plots draws them. From the root of the repository:
 
     python -m tests.stored.make_tiny
@@ -15,8 +16,8 @@ import pathlib
 import tarfile
 import tempfile
 
-from bitmixer_jax.runs import train_and_report
-from bitmixer_jax.training import load_config
+from bitmixer_jax.report import report
+from bitmixer_jax.training import load_config, train
 
 ARCHIVE = pathlib.Path(__file__).with_name("tiny.tar.gz")
 CONFIG = pathlib.Path(__file__).parents[1] / "tiny_config.py"
@@ -49,7 +50,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name, (variant, _) in RUNS.items():
             config = load_config(f"{CONFIG}:{variant}", [])
-            train_and_report(config, pathlib.Path(folder) / name)
+            report(train(config, pathlib.Path(folder) / name))
         pack(folder)
 
 

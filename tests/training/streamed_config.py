@@ -1,6 +1,6 @@
-"""Streamed pictures with the smallest network: steps take milliseconds."""
+"""StreamingDataset pictures with the smallest network: steps take milliseconds."""
 
-from bitmixer_jax.training import default_config, float_config
+from bitmixer_jax.training import baseline_config, default_config
 
 
 def get_config(variant=""):
@@ -23,5 +23,5 @@ def get_config(variant=""):
     config.stages.mixed.epochs = 10.0
     config.stages.mixed.rho_start = 1.0
     if variant == "float":
-        return float_config(config, epochs=2.0)
+        return baseline_config(config, epochs=2.0)
     return config

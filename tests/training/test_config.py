@@ -6,9 +6,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from bitmixer_jax import data
-from bitmixer_jax.errors import UserError
 from bitmixer_jax.training import default_config, load_config
 from bitmixer_jax.training.config import Run, read, to_json
+from tests.refusals import refused
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "experiments" / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -23,11 +23,6 @@ def changed(path, value):
         node = node[folder]
     node[name] = value
     return tree
-
-
-def one_line(caught):
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +52,7 @@ def test_there_are_configurations():
 def test_every_configuration_builds(file, variant):
     run = read(load_config(f"{file}:{variant}", []))
     assert isinstance(run, Run)
-    assert run.is_float == (variant == "float")
+    assert run.is_baseline == (variant == "float")
     assert run.build(10, (32, 32, 3)).num_layers > 0
 
 
@@ -79,9 +74,8 @@ def test_saved_configuration_reads_as_the_same_run():
     ],
 )
 def test_unknown_setting_names_the_nearest(path, hint):
-    with pytest.raises(UserError, match=f"unknown setting.*did you mean {hint}") as caught:
+    with refused("unknown-name", repr(path.split(".")[-1]), f"did you mean {hint}"):
         read(changed(path, 1))
-    one_line(caught)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +86,8 @@ def test_unknown_setting_names_the_nearest(path, hint):
     ],
 )
 def test_unknown_name_names_the_nearest(path, value, hint):
-    with pytest.raises(UserError, match=f"did you mean .*{hint}") as caught:
+    with refused("unknown-name", path.split(".")[0], f"did you mean {hint}"):
         read(changed(path, value))
-    one_line(caught)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +101,8 @@ def test_unknown_name_names_the_nearest(path, value, hint):
         ("stages.mixed.learning_rate", None),
         ("stages.mixed.rho_end", 1.5),
         ("stages.mixed.quantize", "all"),
-        ("stages.mixed.name", "other"),
         ("stages.mixed", 3),
-        ("stages", {}),
         ("stages", 3),
-        ("order", []),
         ("order", "mixed"),
         ("order", [["mixed"]]),
         ("order", [3]),
@@ -134,8 +124,7 @@ def test_unknown_name_names_the_nearest(path, value, hint):
         ("model.momentum", "x"),
         ("model.momentum", 2.0),
         ("model.norm", "batch"),
-        ("model.ends", "int4"),
-        ("model.num_classes", 3),
+        ("model.first_last_layers", "int4"),
         ("seed", -1),
         ("seed", 1.5),
         ("seed", True),
@@ -152,39 +141,53 @@ def test_unknown_name_names_the_nearest(path, value, hint):
     ids=str,
 )
 def test_wrong_value_is_an_error_that_names_the_setting(path, value):
-    with pytest.raises(UserError) as caught:
+    with refused("bad-value") as caught:
         read(changed(path, value))
-    words = one_line(caught).replace("bit-widths", "choices")
-    assert path.split(".")[-1].removeprefix("num_") in words
+    assert path.split(".")[-1] in str(caught.value).replace("bit-widths", "choices")
 
 
-@pytest.mark.parametrize("path", ["stages.mixed.epochs", "model.name"])
-def test_missing_setting_is_an_error_that_names_it(path):
+@pytest.mark.parametrize(
+    ("path", "value", "code"),
+    [
+        ("stages.mixed.name", "other", "unknown-name"),
+        ("stages", {}, "unknown-name"),
+        ("order", [], "missing-value"),
+        ("model.num_classes", 3, "unknown-name"),
+    ],
+)
+def test_what_is_no_setting_or_has_none_is_named(path, value, code):
+    with refused(code, path.split(".")[-1]):
+        read(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "code"), [("stages.mixed.epochs", "missing-value"), ("model.name", "bad-value")]
+)
+def test_missing_setting_is_an_error_that_names_it(path, code):
     tree = changed(path, None)
     *folders, name = path.split(".")
     node = tree
     for folder in folders:
         node = node[folder]
     del node[name]
-    with pytest.raises(UserError, match=name):
+    with refused(code, name):
         read(tree)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "code", "mention"),
     [
-        ({"stages.mixed.quantize": "nothing"}, "float twin"),
-        ({"stages.mixed.distill": "teacher"}, r"config\.teacher"),
-        ({"stages.mixed.distill": "widest"}, "sandwich"),
-        ({"optimizer.name": "adam"}, "adamw"),
+        ({"stages.mixed.quantize": "nothing"}, "conflict", "config.init_from"),
+        ({"stages.mixed.distill": "teacher"}, "missing-value", "config.teacher"),
+        ({"stages.mixed.distill": "widest"}, "conflict", "sandwich"),
+        ({"optimizer.name": "adam"}, "conflict", "adamw"),
     ],
 )
-def test_contradiction_is_an_error(settings, message):
+def test_contradiction_is_an_error(settings, code, mention):
     config = default_config()
     config.update_from_flattened_dict(settings)
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(code, mention):
         read(config)
-    one_line(caught)
 
 
 def test_override_changes_a_setting(tiny_file):
@@ -196,35 +199,33 @@ def test_override_changes_a_setting(tiny_file):
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("override", "code"),
     [
-        "stages.mixed.epochs=abc",
-        "stages.mixed.epoch=3",
-        "stages.mixd.epochs=3",
-        "sed=3",
-        "seed=x",
-        "flip=maybe",
+        ("stages.mixed.epochs=abc", "bad-value"),
+        ("stages.mixed.epoch=3", "unknown-name"),
+        ("stages.mixd.epochs=3", "unknown-name"),
+        ("sed=3", "unknown-name"),
+        ("seed=x", "bad-value"),
+        ("flip=maybe", "bad-value"),
     ],
 )
-def test_wrong_override_is_an_error(tiny_file, override):
-    with pytest.raises(UserError, match=r"tiny_config\.py") as caught:
+def test_wrong_override_is_an_error(tiny_file, override, code):
+    with refused(code, tiny_file):
         load_config(tiny_file, [f"--config.{override}"])
-    one_line(caught)
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "mentions"),
     [
-        ("batch_sise=4", r"config\.batch_sise: no such setting; did you mean batch_size\?"),
-        ("stages.mixd.epochs=3", r"config\.stages\.mixd\.epochs: .*; did you mean mixed\?"),
-        ("model.quux=3", r"config\.model\.quux: .*; there are .*name"),
-        ("seed.x=3", r"config\.seed\.x: no such setting; it has no parts"),
+        ("batch_sise=4", ("config.batch_sise", "did you mean batch_size?")),
+        ("stages.mixd.epochs=3", ("config.stages.mixd.epochs", "did you mean mixed?")),
+        ("model.quux=3", ("config.model.quux", "name")),
+        ("seed.x=3", ("config.seed.x",)),
     ],
 )
-def test_an_override_of_no_setting_names_the_nearest(tiny_file, override, says):
-    with pytest.raises(UserError, match=says) as caught:
+def test_an_override_of_no_setting_names_the_nearest(tiny_file, override, mentions):
+    with refused("unknown-name", *mentions):
         load_config(tiny_file, [f"--config.{override}"])
-    one_line(caught)
 
 
 @pytest.mark.parametrize(
@@ -240,13 +241,12 @@ def test_an_override_of_no_setting_names_the_nearest(tiny_file, override, says):
 )
 def test_broken_file_is_an_error_that_names_it(tmp_path, text):
     (tmp_path / "broken.py").write_text(text)
-    with pytest.raises(UserError, match=r"broken\.py") as caught:
+    with refused("bad-value", tmp_path / "broken.py"):
         load_config(tmp_path / "broken.py", [])
-    one_line(caught)
 
 
 def test_missing_file_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(UserError, match=r"none\.py: no such file"):
+    with refused("no-such-file", tmp_path / "none.py"):
         load_config(tmp_path / "none.py", [])
 
 

@@ -1,6 +1,8 @@
 """Faults around a workdir: one user at a time, classes that changed, paths, diverged training."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -10,11 +12,13 @@ import pytest
 
 from bitmixer_jax import cli
 from bitmixer_jax.errors import UserError
+from bitmixer_jax.evaluation import evaluate
 from bitmixer_jax.files import hold
-from bitmixer_jax.runs import evaluate_workdir
-from bitmixer_jax.training import load_trained, train
+from bitmixer_jax.trained import load
+from bitmixer_jax.training import train
 from bitmixer_jax.training.checkpoints import Checkpoints
-from bitmixer_jax.training.claims import LOCK_FILE
+from bitmixer_jax.training.workdir import LOCK_FILE, read_config
+from tests.refusals import check_line, refused
 
 CONFIG = pathlib.Path(__file__).parents[1] / "tiny_config.py"
 
@@ -25,14 +29,14 @@ CONFIG = pathlib.Path(__file__).parents[1] / "tiny_config.py"
 def test_data_of_other_classes_are_not_evaluated(trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    config = json.loads((workdir / "config.json").read_text())
-    names = config["made_for"]["classes"]
+    config = read_config(workdir)
+    names = config["dataset_info"]["classes"]
     names[2], names[3] = names[3], names[2]
     (workdir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="class 2 is 2, in the network 3"):
-        evaluate_workdir(str(workdir))
-    run, _, _ = load_trained(workdir)
-    with pytest.raises(UserError, match="classes"):
+    with refused("other-data", "digits", 2, 3):
+        evaluate(workdir)
+    run = load(workdir).run
+    with refused("other-data", "digits"):
         run.load(run.train_split)  # the reading that search, export and recalibration share
 
 
@@ -41,12 +45,12 @@ def test_data_of_other_classes_are_not_evaluated(trained, tmp_path):
 def test_a_damaged_entry_about_the_data_is_one_line(trained, tmp_path, key, value):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    config = json.loads((trained / "config.json").read_text())
-    config["made_for"][key] = value
+    config = read_config(trained)
+    config["dataset_info"][key] = value
     (workdir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"config\.json") as error:
-        load_trained(workdir)
-    assert "\n" not in str(error.value)
+    # JSON has no infinity, so that file is not JSON.
+    with refused("damaged", workdir / "config.json"):
+        load(workdir)
 
 
 # One training at a time.
@@ -58,7 +62,7 @@ def test_a_second_training_is_refused_and_changes_nothing(trained, tiny, tmp_pat
     before = (workdir / "metrics.jsonl").read_bytes()
     with (
         hold(workdir / LOCK_FILE, "it"),
-        pytest.raises(UserError, match="another process"),
+        refused("in-use", workdir),
     ):
         train(tiny(), workdir)
     assert (workdir / "metrics.jsonl").read_bytes() == before
@@ -70,9 +74,10 @@ def test_a_second_search_on_the_same_scores_is_refused(trained, tmp_path, capsys
     words = ["search", "--workdir", str(workdir), "--budget", "avg_bits=3", "--images", "20"]
     assert cli.main([*words, "--out", str(tmp_path / "a.json")]) == 0
     (scores,) = (workdir / "search").glob("scores-*.jsonl")
+    capsys.readouterr()
     with hold(scores.with_name(f".{scores.name}.lock"), "it"):
         assert cli.main([*words, "--out", str(tmp_path / "b.json")]) == 2
-    assert "another process" in capsys.readouterr().err
+    check_line(capsys.readouterr().err, scores.name, start="bitmixer: ")
     assert not (tmp_path / "b.json").exists()
 
 
@@ -81,7 +86,7 @@ def test_a_second_search_on_the_same_scores_is_refused(trained, tmp_path, capsys
 
 @pytest.mark.parametrize("name", ["sweep[lr=0.1]", "a*b", "what?", "back\\slash"])
 def test_a_workdir_whose_checkpoints_could_not_be_read_is_refused(tiny, tmp_path, name):
-    with pytest.raises(UserError, match="cannot be read from a path with"):
+    with refused("bad-path", tmp_path / name):
         train(tiny(), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -89,14 +94,14 @@ def test_a_workdir_whose_checkpoints_could_not_be_read_is_refused(tiny, tmp_path
 def test_other_characters_in_a_workdir_work(tiny, tmp_path):
     workdir = tmp_path / "lr=0.1, wd={1}" / "a#b%20c" / "ein Gerät" / "run@1:2"
     train(tiny(variant="float"), workdir)
-    result = evaluate_workdir(str(workdir))
+    result = evaluate(workdir)
     assert result["examples"] == 100
     assert result["float"] > 0.1
 
 
 def test_a_bucket_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="gs:// are not supported"):
+    with refused("bad-path", "gs://bucket/run"):
         train(tiny(), "gs://bucket/run")
     assert list(tmp_path.iterdir()) == []
 
@@ -109,7 +114,7 @@ def test_a_first_checkpoint_that_cannot_be_read_back_ends_the_run(tiny, tmp_path
         raise UserError("no such checkpoint")
 
     monkeypatch.setattr(Checkpoints, "restore", fail)
-    with pytest.raises(UserError, match="cannot be read back"):
+    with refused("not-readable", tmp_path / "run", "no such checkpoint"):
         train(tiny(variant="float"), tmp_path / "run")
 
 
@@ -117,16 +122,14 @@ def test_a_checkpoint_that_is_called_good_is_finite(tiny, tmp_path):
     config = tiny("checkpoint_seconds=0.0", "log_every=1", variant="float")
     config.stages.float.learning_rate = 1e30
     config.optimizer.clip_norm = 0.0
-    with pytest.raises(UserError, match="not finite") as error:
+    with refused("not-finite", "config.optimizer.clip_norm") as error:
         train(config, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run", read_only=True)
     steps = checkpoints.steps
     checkpoints.close()
     said = str(error.value)
     if steps:
-        assert f"the checkpoint of step {steps[-1]} is good" in said
-    else:
-        assert "no good state was saved" in said
+        assert f"checkpoint of step {steps[-1]} " in said
     _, step = said.split("step ", 1)
     assert all(saved < int(step.split(":")[0]) for saved in steps)
 
@@ -156,9 +159,7 @@ def test_output_that_cannot_be_written_ends_in_one_line(words):
             check=False,
         )
     assert done.returncode == 2
-    assert done.stderr == (
-        "bitmixer: standard output cannot be written (No space left on device)\n"
-    )
+    check_line(done.stderr, os.strerror(errno.ENOSPC), start="bitmixer: ")
 
 
 @pytest.mark.slow
@@ -167,8 +168,7 @@ def test_a_limit_on_the_size_of_files_ends_training_in_one_line(tmp_path):
     line = f"ulimit -f 20; {sys.executable} -m bitmixer_jax.cli {words}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "checkpoints: cannot save a checkpoint" in done.stderr
+    check_line(done.stderr, tmp_path / "run" / "checkpoints", start="bitmixer: ")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_numbers_and_names_beyond_reason_are_one_line(words, capsys, tmp_path, m
     except SystemExit as end:
         status = end.code
     assert status == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    check_line(capsys.readouterr().err, start="bitmixer")  # or "bitmixer evaluate: "
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,7 +231,7 @@ def test_numbers_and_names_beyond_reason_are_one_line(words, capsys, tmp_path, m
     ["batch_size=1099511627776", "evaluate_random=100000000000", "stages.float.epochs=1e12"],
 )
 def test_settings_beyond_reason_are_refused(tiny, tmp_path, setting):
-    with pytest.raises(UserError):
+    with refused("bad-value", setting.partition("=")[0].split(".")[-1]):
         train(tiny(setting, variant="float"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -247,7 +247,7 @@ def test_a_wrong_source_of_weights_makes_no_workdir(name, source, tmp_path, caps
     distill = ["--config.stages.mixed.distill=teacher"] if name == "teacher" else []
     words = ["train", "--config", str(CONFIG), "--workdir", "run", f"--config.{name}={source}"]
     assert cli.main([*words, *distill]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    check_line(capsys.readouterr().err, source, start="bitmixer: ")
     assert not pathlib.Path("run").exists()
 
 
@@ -259,7 +259,7 @@ def test_a_result_does_not_replace_a_file_that_is_none(trained, tmp_path, capsys
     before = (workdir / name).read_bytes()
     words = ["evaluate", "--workdir", str(workdir), "--no-uniform", "--policy", "3", "--json"]
     assert cli.main([*words, str(workdir / name)]) == 2
-    assert "already exists and is no result" in capsys.readouterr().err
+    check_line(capsys.readouterr().err, start=f"bitmixer: --json {workdir / name}: ")
     assert (workdir / name).read_bytes() == before
 
 
@@ -275,18 +275,18 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "--config", str(CONFIG), "--workdir", ""])
-    assert "an empty path" in capsys.readouterr().err
+    check_line(capsys.readouterr().err, "--workdir", start="bitmixer train: ")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_data_folder_that_is_not_read_is_refused(trained):
-    with pytest.raises(UserError, match="--data_dir elsewhere: digits is not read from there"):
-        evaluate_workdir(str(trained), data_dir="elsewhere")
+    with refused("conflict", "--data_dir elsewhere", "digits"):
+        evaluate(trained, data_dir="elsewhere")
 
 
 def test_a_line_break_in_a_path_stays_on_one_line(capsys):
     assert cli.main(["cost", "--workdir", "a\nb"]) == 2
-    assert capsys.readouterr().err == "bitmixer: a\\nb: no run here (config.json is missing)\n"
+    check_line(capsys.readouterr().err, "config.json", start="bitmixer: a\\nb: ")
 
 
 @pytest.mark.parametrize(
@@ -302,8 +302,7 @@ def test_a_terminal_without_columns_shows_the_table(trained, columns, capsys, mo
 def test_a_platform_that_jax_does_not_have_is_one_line(trained, command):
     done = command("cost", "--workdir", trained, JAX_PLATFORMS="nonsense")
     assert done.returncode == 2
-    assert done.stderr.startswith("bitmixer: JAX cannot start: ")
-    assert len(done.stderr.splitlines()) == 1
+    check_line(done.stderr, "JAX_PLATFORMS=nonsense", start="bitmixer: ")
 
 
 def test_a_run_that_was_stopped_is_evaluated_with_a_word(trained, tmp_path, command):
@@ -312,10 +311,8 @@ def test_a_run_that_was_stopped_is_evaluated_with_a_word(trained, tmp_path, comm
     shutil.rmtree(workdir / "checkpoints" / str(steps[-1]))
     done = command("cost", "--workdir", workdir)
     assert done.returncode == 0
-    assert done.stderr == (
-        f"bitmixer: warning: {workdir}: not trained to its end: step {steps[-2]} of {steps[-1]}, "
-        "stage weights\n"
-    )
+    start = f"bitmixer: warning: {workdir}: "
+    check_line(done.stderr, f"step {steps[-2]} of {steps[-1]}", "stage weights", start=start)
 
 
 @pytest.mark.parametrize("content", ["[]", "5", '{"item_handlers": 5}', '{"metrics": [1]}'])
@@ -323,5 +320,5 @@ def test_damaged_metadata_of_a_checkpoint_are_one_line(trained, tmp_path, conten
     workdir = shutil.copytree(trained, tmp_path / "run")
     newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     (newest / "_CHECKPOINT_METADATA").write_text(content)
-    with pytest.raises(UserError, match=f"{newest}: damaged checkpoint .*Remove it"):
-        load_trained(workdir)
+    with refused("damaged", newest):
+        load(workdir)

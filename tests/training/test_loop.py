@@ -4,11 +4,14 @@ import jax
 import numpy as np
 import pytest
 
+from bitmixer_jax import data
 from bitmixer_jax.evaluation import Evaluator
-from bitmixer_jax.runs import train_and_report
-from bitmixer_jax.training import load_trained
+from bitmixer_jax.report import report
+from bitmixer_jax.trained import load
+from bitmixer_jax.training import train
 from bitmixer_jax.training.metrics import read_metrics
-from bitmixer_jax.training.plan import make_plan
+from bitmixer_jax.training.schedule import make_schedule
+from tests.refusals import refused
 from tests.states import newest_state
 
 
@@ -30,7 +33,7 @@ def unusual(tiny, trained_float, tmp_path_factory):
         "stages.mixed.epochs=4.0",
         "stages.mixed.learning_rate=1e-3",
     )
-    train_and_report(config, workdir)
+    report(train(config, workdir))
     return workdir
 
 
@@ -41,7 +44,8 @@ def test_a_run_with_every_option_ends_with_finite_losses(unusual):
 
 
 def test_layers_of_a_block_never_met_at_different_widths(unusual):
-    _, model, variables = load_trained(unusual)
+    loaded = load(unusual)
+    model, variables = loaded.model, loaded.variables
     second_of_block = [i for i, layer in enumerate(model.layers) if layer.name.endswith("conv2")]
     for i in second_of_block:
         count = np.asarray(variables["batch_stats"][model.names[i]]["conv_norm"]["count"])
@@ -50,7 +54,7 @@ def test_layers_of_a_block_never_met_at_different_widths(unusual):
 
 
 def test_evaluation_uses_the_moving_average(unusual):
-    _, _, variables = load_trained(unusual)
+    variables = load(unusual).variables
     state = newest_state(unusual)
     averaged, last = jax.tree.leaves(variables["params"]), jax.tree.leaves(state.params)
     for a, b in zip(averaged, jax.tree.leaves(state.ema), strict=True):
@@ -58,20 +62,18 @@ def test_evaluation_uses_the_moving_average(unusual):
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(averaged, last, strict=True))
 
 
-def test_the_report_names_the_float_twin(unusual):
-    assert "| float twin |" in (unusual / "report" / "README.md").read_text()
+def test_the_report_names_the_baseline(unusual):
+    assert "| full-precision baseline |" in (unusual / "report" / "README.md").read_text()
 
 
 def test_images_that_do_not_fit_the_network_are_refused(trained):
-    from bitmixer_jax.data import load
-    from bitmixer_jax.errors import UserError
-
-    _, model, variables = load_trained(trained)
-    digits = load("digits", "test[:8]")
+    loaded = load(trained)
+    model, variables = loaded.model, loaded.variables
+    digits = data.load("digits", "test[:8]")
     wide = digits.images.repeat(2, axis=1)
     bad = type(digits)(**{**vars(digits), "images": wide})
     evaluator = Evaluator(model, bad, digits.mean, digits.std)
-    with pytest.raises(UserError, match="images: shape"):
+    with refused("bad-shape", "16, 8, 1)", (8, 8, 1)):
         evaluator.top1(variables, [[4] * model.num_layers])
 
 
@@ -79,8 +81,10 @@ def test_every_example_is_drawn_over_the_epochs_and_none_twice_in_one(tiny):
     from bitmixer_jax.training.config import read
 
     run = read(tiny())
-    plan = make_plan(run, run.build(10, (8, 8, 1)), 150)  # two batches of 64, 22 images over
-    epochs = [np.concatenate([plan.rows(2 * e), plan.rows(2 * e + 1)]) for e in range(30)]
+    schedule = make_schedule(
+        run, run.build(10, (8, 8, 1)), 150
+    )  # two batches of 64, 22 images over
+    epochs = [np.concatenate([schedule.rows(2 * e), schedule.rows(2 * e + 1)]) for e in range(30)]
     assert all(len(set(rows.tolist())) == 128 for rows in epochs)
     assert set(np.concatenate(epochs).tolist()) == set(range(150))
-    np.testing.assert_array_equal(epochs[0][:64], plan.rows(0))
+    np.testing.assert_array_equal(epochs[0][:64], schedule.rows(0))

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitmixer_jax.bits import BitSpace
-from bitmixer_jax.errors import UserError
 from bitmixer_jax.models import create_model
-from bitmixer_jax.pairs import fill_unvisited_pairs, never_visited, pairs_used
-from bitmixer_jax.training.stages import Stage, selected, start_from
+from bitmixer_jax.pairs import fill_uncalibrated_pairs, pairs_used, uncalibrated_pairs
+from bitmixer_jax.policy import BitSpace
+from bitmixer_jax.training.stages import Stage, transfer_variables, update_mask
+from tests.refusals import refused
 
 SPACE = BitSpace((2, 3, 4))
 L = 6
@@ -117,12 +117,12 @@ def test_block_selection_gives_the_layers_of_a_block_one_width():
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(field, value):
-    with pytest.raises(UserError, match=rf"stage 's': {field} = {value!r}"):
+    with refused("bad-value", "stage 's'", f"{field} = {value!r}"):
         Stage(**{"name": "s", "epochs": 1, field: value})
 
 
 def test_distilling_from_the_widest_needs_it_in_each_step():
-    with pytest.raises(UserError, match="widest"):
+    with refused("conflict", '"widest"', '"sandwich"'):
         Stage(name="s", epochs=1, distill="widest")
 
 
@@ -136,9 +136,9 @@ def test_pairs_used_follow_the_policy():
 
 
 def test_selected_marks_the_slices_a_policy_uses_and_no_other():
-    model = small(weight_kind="independent")
+    model = small(weight_quantizer="independent")
     params = variables_of(model)["params"]
-    masks = selected(model, params, jnp.asarray([[2, 3, 4, 2, 2, 4]]))
+    masks = update_mask(model, params, jnp.asarray([[2, 3, 4, 2, 2, 4]]))
     layer = masks[model.names[1]]
     np.testing.assert_array_equal(layer["input"]["step"], [False, True, False])
     np.testing.assert_array_equal(layer["conv"]["step"], [False, True, False])
@@ -158,7 +158,7 @@ def test_handover_copies_the_diagonal_to_unvisited_pairs_only():
             norm[leaf] = jnp.asarray(rng.normal(size=norm[leaf].shape), jnp.float32)
     count = jnp.asarray([[5, 7, 0], [0, 5, 0], [0, 0, 0]], jnp.int32)
     variables["batch_stats"][name]["conv_norm"]["count"] = count
-    filled = fill_unvisited_pairs(variables, model.layers)
+    filled = fill_uncalibrated_pairs(variables, model.layers)
     for collection in ("params", "batch_stats"):
         old, new = variables[collection][name]["conv_norm"], filled[collection][name]["conv_norm"]
         for leaf in set(old) - {"count"}:
@@ -175,15 +175,15 @@ def test_never_visited_names_layer_and_widths():
     stats = jax.tree.map(lambda x: jnp.ones_like(x), stats)
     name = model.names[2]
     stats[name]["conv_norm"]["count"] = stats[name]["conv_norm"]["count"].at[0, 2].set(0)
-    assert never_visited(model, stats, np.asarray([[2, 2, 4, 2, 2, 2]])) == [(name, 2, 4)]
-    assert never_visited(model, stats, np.asarray([[2, 3, 4, 2, 2, 2]])) == []
+    assert uncalibrated_pairs(model, stats, np.asarray([[2, 2, 4, 2, 2, 2]])) == [(name, 2, 4)]
+    assert uncalibrated_pairs(model, stats, np.asarray([[2, 3, 4, 2, 2, 2]])) == []
 
 
-def test_starting_from_a_float_twin_spreads_its_bn_and_keeps_step_sizes():
+def test_starting_from_a_baseline_spreads_its_bn_and_keeps_step_sizes():
     model = small()
-    source, target = variables_of(model.float_twin(), seed=5), variables_of(model)
+    source, target = variables_of(model.baseline(), seed=5), variables_of(model)
     plain = source["params"][model.names[1]]["conv_norm"]["scale"]
-    started = start_from(source, target)
+    started = transfer_variables(source, target)
     name = model.names[1]
     np.testing.assert_array_equal(
         started["params"][name]["conv"]["kernel"], source["params"][name]["conv"]["kernel"]
@@ -204,22 +204,24 @@ def test_bn_per_width_takes_the_diagonal_of_a_transitional_one_and_spreads_back(
     name = model.names[1]
     table = jnp.arange(36.0, dtype=jnp.float32).reshape(3, 3, 4)
     source["params"][name]["conv_norm"]["scale"] = table
-    narrowed = start_from(source, variables_of(per_width))
-    got = narrowed["params"][name]["conv_norm"]["scale"]
+    per_width = transfer_variables(source, variables_of(per_width))
+    got = per_width["params"][name]["conv_norm"]["scale"]
     np.testing.assert_array_equal(got, np.asarray(table)[[0, 1, 2], [0, 1, 2]][None])
-    spread = start_from(narrowed, variables_of(model))["params"][name]["conv_norm"]["scale"]
+    spread = transfer_variables(per_width, variables_of(model))["params"][name]["conv_norm"][
+        "scale"
+    ]
     np.testing.assert_array_equal(spread, np.broadcast_to(got, (3, 3, 4)))
 
 
 def test_another_network_is_refused_with_the_first_difference():
     source = variables_of(small())
     wider = create_model("resnet8", num_classes=3, image_shape=(8, 8, 1), width=8, space=SPACE)
-    with pytest.raises(UserError, match=r"cannot start from that network: .* is \("):
-        start_from(source, variables_of(wider))
+    with refused("other-network"):
+        transfer_variables(source, variables_of(wider))
 
 
 def test_quantization_of_a_stage():
     base = small().quant
-    real = Stage(name="s", epochs=1, quantize="activations").quantization(base)
+    real = Stage(name="s", epochs=1, quantize="activations").quant_config(base)
     assert (real.activations, real.weights) == (True, False)
-    assert Stage(name="s", epochs=1).quantization(base) == dataclasses.replace(base)
+    assert Stage(name="s", epochs=1).quant_config(base) == dataclasses.replace(base)

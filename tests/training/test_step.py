@@ -11,21 +11,22 @@ import numpy as np
 import optax
 import pytest
 
-from bitmixer_jax.bits import BitSpace
-from bitmixer_jax.devices import replicate
+from bitmixer_jax.distributed import replicate
 from bitmixer_jax.models import create_model
+from bitmixer_jax.pairs import pairs_used
+from bitmixer_jax.policy import BitSpace
 from bitmixer_jax.training.losses import cross_entropy, distillation
 from bitmixer_jax.training.optimizer import (
     OptimizerSettings,
-    apply_selected,
+    apply_masked,
     kernels_only,
     limit_step_sizes,
     make_optimizer,
     schedule,
 )
-from bitmixer_jax.training.plan import init
-from bitmixer_jax.training.stages import Stage, pairs_used
-from bitmixer_jax.training.step import Spread, StepSettings, TrainState, make_train_step
+from bitmixer_jax.training.schedule import init
+from bitmixer_jax.training.stages import Stage
+from bitmixer_jax.training.step import ParallelStep, StepSettings, TrainState, make_train_step
 
 SPACE = BitSpace((2, 3, 4))
 B = 16
@@ -64,7 +65,7 @@ def spread_step(stage, optimizer, devices, most, changes):
     tx = make_optimizer(optimizer, stage, 100)
     fixed = dict(seed=0, start=0, steps=100, batch_size=B, mean=(128.0,), std=(64.0,), pad=1)
     settings = StepSettings(**{**fixed, **dict(changes)})
-    return tx, Spread(make_train_step(network(), stage, tx, settings), list(devices), most)
+    return tx, ParallelStep(make_train_step(network(), stage, tx, settings), list(devices), most)
 
 
 def setting(stage, optimizer=SGD, devices=None, most=1, **changes):
@@ -132,7 +133,7 @@ def test_selected_updates_leave_the_rest_bit_for_bit_also_in_the_optimiser(name)
     state = tx.init(params)
     grads = {"layer": {"kernel": jnp.full((4,), 0.5)}}
     for _ in range(3):
-        params, state = apply_selected(tx, grads, state, params, masks)
+        params, state = apply_masked(tx, grads, state, params, masks)
     kernel = np.asarray(params["layer"]["kernel"])
     assert (kernel[[1, 3]] == 1).all()
     assert (kernel[[0, 2]] != 1).all()
