@@ -56,7 +56,7 @@ def test_every_tensor_is_that_of_the_integer_engine(kind, exported):
 
 @pytest.mark.skipif(
     os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1",
-    reason="multiplies and adds are rounded as by PyTorch where the compiler fuses them: make test-all",
+    reason="rounds as PyTorch does where the compiler optimises: make test-all",
 )
 def test_int8_ends_leave_nothing_to_round_differently(exported):
     net, found = TorchRunner(exported("int8 ends")).net, integer_model("int8 ends")
