@@ -219,8 +219,8 @@ def evaluate_protocols(
     model = evaluator.model
     result: dict[str, Any] = {"examples": evaluator.examples}
     if model.quant.space is None:
-        top1 = float(evaluator.top1(variables, [None], progress)[0])
-        return {"examples": evaluator.examples, "float": top1}
+        (accuracy,) = evaluator.top1(variables, [None], progress)
+        return {"examples": evaluator.examples, "float": float(accuracy)}
     space, layers = model.space, model.num_layers
     by_protocol: dict[str, np.ndarray] = {}
     if uniform:

@@ -346,6 +346,7 @@ def test_search_writes_a_policy_that_can_be_evaluated(searched, tmp_path, capsys
     assert result["policy"]["widths"] == list(found["layers"].values())
 
 
+@pytest.mark.slow
 def test_front_writes_a_front_and_its_plots(searched, tmp_path, capsys):
     out = tmp_path / "front"
     words = ("--method", "random", "--evaluations", "6", "--images", "64", "--random", "3")

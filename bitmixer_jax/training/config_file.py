@@ -113,7 +113,7 @@ def _check_overrides(path: str | pathlib.Path, overrides: Sequence[str]) -> None
 def _with_new_name(override: str) -> str:
     """Returns an override with the present name of a setting of the model."""
     name, equals, value = override.partition("=")
-    head, dot, last = name.rpartition(".")
+    head, _, last = name.rpartition(".")
     if head.removeprefix("--") != "config.model" or last not in MODEL_SETTINGS:
         return override
     tell(name, f"{head}.{MODEL_SETTINGS[last]}")

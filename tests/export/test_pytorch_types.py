@@ -100,6 +100,7 @@ def test_the_state_goes_round(net, images, tmp_path):
     assert torch.equal(other(images), wanted)
 
 
+@pytest.mark.slow
 def test_the_module_can_be_pickled(folders):
     code = (
         "import pickle, torch\n"

@@ -53,6 +53,7 @@ def test_another_one_answers_the_same_and_goes_its_own_way(again, runtime, image
     assert runtime.policy.tolist() == POLICY
 
 
+@pytest.mark.slow
 def test_another_process_in_another_folder_loads_it(workdir, images, tmp_path, monkeypatch):
     monkeypatch.chdir(workdir.parent)
     runtime = Runtime.load("run@mixed", batch_size=4)

@@ -90,10 +90,6 @@ def test_classes_names_and_network_are_those_of_the_workdir(runtime, network):
 # --- policies ---
 
 
-def test_it_starts_at_the_widest_policy(network, digits):
-    assert build(network, digits, batch_size=1).policy.tolist() == [4] * 6
-
-
 def test_set_policy_takes_one_width_or_one_per_layer(fresh):
     for given, wanted in ((2, [2] * 6), (np.int64(3), [3] * 6), (POLICY.tolist(), POLICY.tolist())):
         fresh.set_policy(given)
@@ -166,8 +162,11 @@ def test_a_thousand_switches_compile_nothing(fresh, digits, compilations):
     assert compilations  # one would have been seen
 
 
-def test_the_first_call_compiles_nothing(network, digits, compilations):
+def test_it_starts_at_the_widest_policy_and_the_first_call_compiles_nothing(
+    network, digits, compilations
+):
     runtime = build(network, digits, batch_size=2)
+    assert runtime.policy.tolist() == [4] * 6
     assert runtime.traces == 1
     assert compilations
     compilations.clear()

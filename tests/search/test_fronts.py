@@ -54,6 +54,7 @@ def test_a_front_is_written_with_its_plots(workdir, model, reads, tmp_path, caps
     assert "Test data: 100 images, read once, after the search." in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["greedy", "ilp", "random"])
 def test_every_method_draws_a_front(workdir, model, tmp_path, name):
     settings = dict(method=name, images=64, evaluations=8)

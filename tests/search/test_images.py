@@ -47,6 +47,7 @@ def test_a_split_that_was_asked_for_is_used(workdir, as_if_trained_on):
     assert not opened.seen_in_training
 
 
+@pytest.mark.slow
 def test_block_selection_searches_whole_blocks(workdir, model, tmp_path, monkeypatch):
     def blocks(source):
         loaded = load(source)

@@ -28,7 +28,10 @@ from tests.search.runs import SMALL, open_session, run, search
 # --- a policy within a budget ---
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "greedy" else pytest.mark.slow) for name in METHODS],
+)
 def test_a_search_writes_a_policy_within_the_budget_and_reads_test_data_once(
     workdir, model, reads, tmp_path, name
 ):
@@ -120,6 +123,7 @@ def test_other_seeds_see_other_images(workdir):
     assert not np.array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_scores_of_other_images_are_kept_apart(workdir, tmp_path):
     before = set((pathlib.Path(workdir) / "search").iterdir())
     for number in (16, 17):
@@ -141,6 +145,7 @@ def test_a_stage_without_mixed_widths_is_refused_in_one_line(workdir, tmp_path):
     assert not (tmp_path / "policy.json").exists()
 
 
+@pytest.mark.slow
 def test_a_latency_file_is_a_budget_of_its_own(workdir, model, tmp_path):
     layers = {name: {"2": 1.5e-3, "3": 1e-3, "4": 2e-3} for name in model.names}
     path = tmp_path / "latency.json"

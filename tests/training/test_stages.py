@@ -40,7 +40,7 @@ def variables_of(model, seed=0):
 
 def draws(stage, progress, number=300):
     keys = jax.random.split(jax.random.key(0), number)
-    return np.asarray(jax.vmap(lambda key: stage.draw(key, SPACE, L, progress))(keys))
+    return np.asarray(jax.jit(jax.vmap(lambda key: stage.draw(key, SPACE, L, progress)))(keys))
 
 
 def test_network_wide_stage_draws_one_width_for_all_layers():
@@ -97,7 +97,8 @@ def test_block_selection_gives_the_layers_of_a_block_one_width():
     groups = (0, 0, 1, 1, 2, 2)
     stage = Stage(name="s", epochs=1, widths="layer", ramp=0.0)
     keys = jax.random.split(jax.random.key(3), 200)
-    policies = np.stack([stage.draw(key, SPACE, L, 1.0, groups)[0] for key in keys])
+    draw = jax.jit(jax.vmap(lambda key: stage.draw(key, SPACE, L, 1.0, groups)))
+    policies = np.asarray(draw(keys))[:, 0]
     assert (policies[:, ::2] == policies[:, 1::2]).all()
     assert len(np.unique(policies[:, ::2], axis=0)) > 20
 

@@ -212,6 +212,7 @@ def test_several_steps_per_dispatch_equal_single_ones():
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_rho_zero_makes_the_layer_wise_stage_equal_the_network_wide_one():
     _, wide, a, data = setting(Stage(name="s", epochs=1))
     _, mixed, b, _ = setting(Stage(name="s", epochs=1, widths="layer", rho_end=0.0))

@@ -65,6 +65,7 @@ def test_a_run_on_streamed_images_learns_and_reports(streamed):
     assert "9 images" in (streamed / "report" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_seed_are_the_same_and_of_another_are_not(pictures, tmp_path, capsys):
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         train(configured(pictures, f"seed={seed}", variant="float"), tmp_path / name)
@@ -167,6 +168,7 @@ def test_a_baseline_starts_a_streamed_run(pictures, tmp_path):
     assert "| full-precision baseline |" in (tmp_path / "run" / "report" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_imagenet_configurations_follow_the_protocol():
     folder = pathlib.Path(__file__).parents[2] / "experiments" / "configs"
     layers = {"resnet18": 16, "resnet50": 48, "mobilenetv2": 51}

@@ -96,7 +96,7 @@ def saved(network, path):
     [
         ("resnet18", (2, 2, 2, 2), False),
         pytest.param("resnet34", (3, 4, 6, 3), False, marks=pytest.mark.slow),
-        ("resnet50", (3, 4, 6, 3), True),
+        pytest.param("resnet50", (3, 4, 6, 3), True, marks=pytest.mark.slow),
     ],
 )
 def test_the_baseline_gives_the_logits_of_the_torch_network(name, sizes, bottleneck, tmp_path):
