@@ -9,6 +9,7 @@ import pytest
 
 from bitmixer_jax import cli
 from bitmixer_jax.errors import UserError, one_line
+from bitmixer_jax.evaluation import random_policies
 from bitmixer_jax.front import load_front
 from bitmixer_jax.policy import load_policy, save_policy
 from bitmixer_jax.trained import load
@@ -191,6 +192,17 @@ def evaluation(trained, tmp_path_factory):
     """The result of the trained run by every protocol."""
     path = tmp_path_factory.mktemp("evaluation") / "out.json"
     return evaluated(trained, path, "--random", "5", "--policy", "4,3,2,2,3,4")
+
+
+def test_the_seed_draws_the_random_policies(trained, tmp_path):
+    model = load(trained).model
+    found = []
+    for seed in (1, 2):
+        words = ("--no-uniform", "--random", "3", "--seed", str(seed))
+        found.append(evaluated(trained, tmp_path / f"{seed}.json", *words)["random"])
+        drawn = random_policies(model, 3, seed)
+        assert found[-1]["average_bits"] == pytest.approx(drawn.mean())
+    assert found[0]["average_bits"] != found[1]["average_bits"]
 
 
 def test_json_holds_the_documented_keys_and_no_others(evaluation):

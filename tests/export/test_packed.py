@@ -1,5 +1,6 @@
 """The packed file: round trips, truncation, damage."""
 
+import dataclasses
 import hashlib
 import json
 import struct
@@ -57,6 +58,25 @@ def test_round_trip_keeps_every_number(kind):
                 np.testing.assert_array_equal(getattr(one, leaf), getattr(other, leaf))
     np.testing.assert_array_equal(before.head.kernel, after.head.kernel)
     assert before.head.step_sizes == after.head.step_sizes
+
+
+def test_pairs_that_training_never_visited_are_refused_also_after_a_file():
+    network = integer_model(EVERYDAY[0])
+    layer, *others = network.layers
+    counts = [np.zeros_like(kernel.count) for kernel in layer.kernels]
+    kernels = tuple(
+        dataclasses.replace(kernel, count=count)
+        for kernel, count in zip(layer.kernels, counts, strict=True)
+    )
+    never = dataclasses.replace(
+        network, layers=(dataclasses.replace(layer, kernels=kernels), *others)
+    )
+    found = unpack(pack(never), "file")
+    assert not found.layers[0].kernels[0].count.any()
+    policy = network.space.uniform(network.space.widest, len(network.layers))
+    network.check_calibrated(policy)
+    with refused("uncalibrated", layer.info.name):
+        found.check_calibrated(policy)
 
 
 def test_other_readers_open_it(tmp_path):

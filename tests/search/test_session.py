@@ -126,11 +126,11 @@ def test_other_seeds_see_other_images(workdir):
 @pytest.mark.slow
 def test_scores_of_other_images_are_kept_apart(workdir, tmp_path):
     before = set((pathlib.Path(workdir) / "search").iterdir())
-    for number in (16, 17):
-        settings = dict(images=number, method="random", evaluations=2)
-        search(workdir, ["avg_bits=3"], tmp_path / f"{number}.json", **settings)
+    for number, seed in ((16, 0), (17, 0), (17, 1)):
+        settings = dict(images=number, seed=seed, method="random", evaluations=2)
+        search(workdir, ["avg_bits=3"], tmp_path / f"{number}-{seed}.json", **settings)
     after = set((pathlib.Path(workdir) / "search").iterdir())
-    assert len(after - before) == 2
+    assert len(after - before) == 3
 
 
 def test_a_stage_is_searched_in_the_folder_of_its_run(workdir, tmp_path):

@@ -158,6 +158,72 @@ def test_weight_decay_is_for_kernels_only():
     assert kernels_only(tree)["conv"]["kernel"] is True
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_where_gradients_are_zero_kernels_alone_decay(name):
+    params = jax.tree.map(jnp.array, first_variables()["params"])
+    stage = Stage(name="s", epochs=1, schedule="constant", learning_rate=0.1)
+    tx = make_optimizer(OptimizerSettings(name=name, weight_decay=0.1), stage, 100)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        moves = bool((np.asarray(update) != 0).any())
+        assert moves == (path[-1].key == "kernel"), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_distill_weight_is_the_share_of_the_distillation_loss(share):
+    stage = Stage(
+        name="s",
+        epochs=1,
+        quantize="activations",
+        distill="teacher",
+        distill_weight=share,
+        temperature=3.0,
+    )
+    model = network().clone(quant=stage.quant_config(network().quant))
+    teacher = network().baseline()
+    x = (jnp.asarray(images()["image"][:B], jnp.float32) - 128) / 64
+    labels = jnp.asarray(images()["label"][:B])
+    of_teacher = init(teacher, jax.random.key(5), x)
+    tx = make_optimizer(SGD, stage, 100)
+    settings = StepSettings(seed=0, start=0, steps=100, batch_size=B, mean=(128.0,), std=(64.0,))
+    step = ParallelStep(make_train_step(network(), stage, tx, settings, teacher), jax.devices()[:1])
+    variables = jax.tree.map(jnp.array, first_variables())
+    state = TrainState(
+        jnp.int32(0), variables["params"], variables["batch_stats"], tx.init(variables["params"])
+    )
+    devices = jax.devices()[:1]
+    _, metrics = step(
+        replicate(state, devices),
+        replicate(images(), devices),
+        rows(1),
+        replicate(of_teacher, devices),
+    )
+    # The step drew one width for all layers; the loss is that of one of the three.
+    targets = teacher.apply(of_teacher, x, train=False)
+    found = []
+    for width in SPACE.choices:
+        bits = (width,) * model.num_layers
+        logits, _ = model.apply(
+            first_variables(), x, bits=bits, train=True, mutable=["batch_stats"]
+        )
+        soft = distillation(logits, targets, 3.0)
+        found.append(float((1 - share) * cross_entropy(logits, labels) + share * soft))
+    assert min(abs(float(metrics["loss"][0]) - loss) for loss in found) < 1e-4
+
+
+def test_each_step_of_a_stage_draws_its_own_policy():
+    _, step, state, data = setting(LAYER_WISE)
+    used = []
+    for number in range(6):
+        before = jax.tree.map(np.asarray, state.batch_stats)
+        state, _ = step(state, data, rows(1, number))
+        after = jax.tree.map(np.asarray, state.batch_stats)
+        moved = jax.tree.map(lambda a, b: (a != b).tolist(), before, after)
+        used.append(str([moved[name]["conv_norm"]["count"] for name in network().names]))
+    assert len(set(used)) > 1
+
+
 def test_schedules_warm_up_and_come_down():
     cosine = schedule(Stage(name="s", epochs=1, learning_rate=1.0, warmup=0.1), 100)
     assert float(cosine(0)) == 0.0
