@@ -94,6 +94,7 @@ def test_flags_of_export_keep_their_old_names(trained, tmp_path, caplog):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_functions_that_took_a_workdir_still_do(trained, tmp_path):
     from bitmixer_jax.export.workdir import Settings as ExportSettings
     from bitmixer_jax.export.workdir import export_workdir

@@ -70,6 +70,7 @@ def photos(tmp_path_factory):
 # --- follow_budget.py ---
 
 
+@pytest.mark.slow
 def test_follow_budget_writes_numbers_and_a_plot(trained, front, tmp_path):
     out = tmp_path / "out"
     given = ["--workdir", trained, "--front", front, "--out", out, "--steps", 60]
@@ -105,6 +106,7 @@ def test_follow_budget_refuses_a_front_of_other_weights(trained, front, tmp_path
 # --- classify_folder.py ---
 
 
+@pytest.mark.slow
 def test_classify_folder_goes_round_and_ends(trained, photos):
     given = [photos, "--workdir", trained, "--policy", "4,3,2,2,3,4", "--rounds", 2, "--every", 0]
     done = run("classify_folder.py", *given)

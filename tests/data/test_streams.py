@@ -59,6 +59,7 @@ def test_a_stream_goes_on_from_the_middle_of_an_epoch(form):
         assert same([x[start:] for x in whole], training(data, start, 9))
 
 
+@pytest.mark.slow
 def test_hosts_take_disjoint_parts_that_make_up_the_batch(form):
     data = opened(form)
     whole = training(data)

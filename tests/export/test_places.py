@@ -40,6 +40,7 @@ def test_two_exports_to_one_path_are_refused(trained, tmp_path, monkeypatch):
     assert names(tmp_path) == ["net", "net.report.json"]
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_what_the_next_one_removes(trained, tmp_path):
     code = (
         "import os, signal\n"

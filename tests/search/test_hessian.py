@@ -76,6 +76,7 @@ def explicit():
     }
 
 
+@pytest.mark.slow
 def test_the_loss_is_curved_and_its_hessian_symmetric():
     matrix, _ = explicit()
     assert np.abs(matrix).max() > 0.01

@@ -91,6 +91,7 @@ def test_a_workdir_whose_checkpoints_could_not_be_read_is_refused(tiny, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_other_characters_in_a_workdir_work(tiny, tmp_path):
     workdir = tmp_path / "lr=0.1, wd={1}" / "a#b%20c" / "ein Gerät" / "run@1:2"
     train(tiny(variant="float"), workdir)

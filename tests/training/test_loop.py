@@ -37,12 +37,14 @@ def unusual(tiny, trained_float, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_with_every_option_ends_with_finite_losses(unusual):
     records = read_metrics(unusual, "train")
     assert {record["stage"] for record in records} == {"mixed"}
     assert all(np.isfinite(record["loss"]) for record in records)
 
 
+@pytest.mark.slow
 def test_layers_of_a_block_never_met_at_different_widths(unusual):
     loaded = load(unusual)
     model, variables = loaded.model, loaded.variables
@@ -53,6 +55,7 @@ def test_layers_of_a_block_never_met_at_different_widths(unusual):
         assert (count[~np.eye(3, dtype=bool)] == 0).all()
 
 
+@pytest.mark.slow
 def test_evaluation_uses_the_moving_average(unusual):
     variables = load(unusual).variables
     state = newest_state(unusual)
@@ -62,6 +65,7 @@ def test_evaluation_uses_the_moving_average(unusual):
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(averaged, last, strict=True))
 
 
+@pytest.mark.slow
 def test_the_report_names_the_baseline(unusual):
     assert "| full-precision baseline |" in (unusual / "report" / "README.md").read_text()
 

@@ -264,6 +264,7 @@ def test_one_trace_for_all_policies_and_the_loss_goes_down():
     assert np.mean(losses[-8:]) < np.mean(losses[:8])
 
 
+@pytest.mark.slow
 def test_several_steps_per_dispatch_equal_single_ones():
     stage = Stage(name="s", epochs=1, widths="layer", ramp=0.0)
     _, one, state, data = setting(stage)

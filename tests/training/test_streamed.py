@@ -103,6 +103,7 @@ def test_settings_that_streams_have_no_use_for_are_refused(pictures, tmp_path):
             train(configured(pictures, setting), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_counted_or_fatal(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "data")
     damaged = sorted((tmp_path / "data").rglob("train/*/*.JPEG"))[3]
@@ -119,6 +120,7 @@ def test_unreadable_images_are_counted_or_fatal(pictures, tmp_path):
     assert found["examples"] == 8
 
 
+@pytest.mark.slow
 def test_a_stream_scores_as_the_same_images_in_memory(streamed):
     loaded = load(streamed)
     run, model, variables = loaded.run, loaded.model, loaded.variables
@@ -151,6 +153,7 @@ def test_images_are_read_once_for_all_policies(streamed, monkeypatch):
     assert sorted(read) == list(range(9))
 
 
+@pytest.mark.slow
 def test_what_comes_after_training_takes_a_subset(streamed):
     trained, _ = recalibrate_missing(load(streamed))
     assert evaluate(trained)["examples"] == 9
