@@ -18,7 +18,7 @@ from bitmixer_jax.trained import Trained
 
 @dataclasses.dataclass(frozen=True)
 class LevelCount:
-    """How many levels one layer uses at one width.
+    """Numbers of levels that one layer uses at one width.
 
     Attributes:
       layer: its name.

@@ -1,4 +1,4 @@
-"""What is quantised in a network, and how."""
+"""The settings of quantisation of a network."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Trained:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is a full-precision baseline, whose layers have no widths."""
+        """True if this is a full-precision baseline, whose layers have no widths."""
         return self.model.quant.space is None
 
     @property

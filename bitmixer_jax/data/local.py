@@ -31,7 +31,7 @@ _DIGEST = "sha256"
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a local copy of a data set holds.
+    """Describes the content of a local copy of a data set.
 
     Attributes:
       image_shape: height, width, channels.

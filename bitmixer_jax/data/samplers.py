@@ -1,4 +1,4 @@
-"""Which images a batch takes, and which part of each: functions of seed, epoch and image."""
+"""Samplers: the images of a batch and the crop of each, as functions of seed, epoch and image."""
 
 import dataclasses
 import functools

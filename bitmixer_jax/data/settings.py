@@ -1,4 +1,4 @@
-"""How streamed images are read: `config.stream`."""
+"""Settings of streamed images: `config.stream`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _IMAGENET = re.compile(r"imagenet|folder:imagenet/?|(tfds:)?imagenet2012(:[\d.]+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamSettings:
-    """How streamed images are read.
+    """Says how streamed images are read.
 
     Attributes:
       size: side of the square crops that the network takes, in pixels; at least 1.
@@ -65,7 +65,7 @@ class StreamSettings:
 
     @property
     def applies_orientation(self) -> bool:
-        """Whether images are turned as their EXIF tag says."""
+        """True if images are turned as their EXIF tag says."""
         return self.orientation != "ignore"
 
     def for_dataset(self, name: str) -> StreamSettings:

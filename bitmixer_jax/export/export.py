@@ -34,7 +34,7 @@ FORMATS = ("packed", "onnx", "pytorch", "safetensors", "stablehlo")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What to export, and how to verify it.
+    """Settings of an export and of its verification.
 
     Attributes:
       format: one of FORMATS: "packed", "onnx", "pytorch", "safetensors" or "stablehlo".

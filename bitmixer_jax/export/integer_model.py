@@ -187,7 +187,7 @@ class IntegerModel:
 
     @property
     def counts(self) -> list[np.ndarray]:
-        """How many training steps used each pair: int32 ``[P, n]`` for each layer."""
+        """Number of training steps that used each pair: int32 ``[P, n]`` for each layer."""
         # All kernels of a layer are used together; the least count also refuses a damaged file.
         return [np.min([kernel.count for kernel in layer.kernels], 0) for layer in self.layers]
 

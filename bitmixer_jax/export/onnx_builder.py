@@ -1,4 +1,4 @@
-"""What all ONNX graphs share: a builder of nodes, first and last layers, and real operations."""
+"""Shared parts of ONNX graphs: a builder of nodes, first and last layers, real operations."""
 
 from __future__ import annotations
 

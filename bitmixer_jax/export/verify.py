@@ -15,7 +15,7 @@ Engine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """How much the answers of an engine may differ.
+    """Limits how much the answers of an engine may differ from those of the network.
 
     Engines round real-valued arithmetic (stem, norms) differently. Nearly always logits differ by
     less than ``logits``. But sometimes a value at the border between two codes gets the other code,

@@ -1,4 +1,4 @@
-"""How the layers of a network are connected: a list of nodes.
+"""Describes the connections of a network: a list of nodes.
 
 The Flax model, the integer engine and the exports all run this one list.
 """

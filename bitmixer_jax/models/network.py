@@ -60,7 +60,7 @@ class Network(nn.Module):
 
     @property
     def graph(self) -> tuple[Node, ...]:
-        """How layers are connected, from the images to the logits."""
+        """Connections of the layers, from the images to the logits."""
         raise NotImplementedError("each model family describes its graph")
 
     @property

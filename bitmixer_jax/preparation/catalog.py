@@ -15,7 +15,7 @@ from bitmixer_jax.preparation.archives import Archive, Format
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """How a data set is published.
+    """Describes the published files of a data set.
 
     Attributes:
       formats: its formats. Of formats that fit a folder equally well, the first is taken.

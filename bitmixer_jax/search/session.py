@@ -102,7 +102,7 @@ class SearchSession:
 
     @property
     def seen_in_training(self) -> bool:
-        """Whether training used the images; False if the settings name their split."""
+        """True if training used the images; False if the settings name their split."""
         return not self.settings.split and self.split == self.trained.run.train_split
 
     def problem(self, objective: Cost, constraints: tuple[Constraint, ...] = ()) -> Problem:

@@ -77,12 +77,12 @@ class Run:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this trains a full-precision baseline, whose layers have no widths."""
+        """True if this trains a full-precision baseline, whose layers have no widths."""
         return self.stages[0].quantize == "nothing"
 
     @property
     def has_teacher(self) -> bool:
-        """Whether a stage distils from the network in ``teacher``."""
+        """True if a stage distils from the network in ``teacher``."""
         return any(stage.distill == "teacher" for stage in self.stages)
 
     def load(self, split: str, data_dir: str | None = None) -> Dataset | StreamingDataset:

@@ -1,4 +1,4 @@
-"""What a run starts from: fresh variables, or those of another network; and its teacher."""
+"""Makes the first state of a run, fresh or from another network, and loads its teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: JSON lines, TensorBoard files, and a progress bar."""
+"""Reports of a run while it trains: JSON lines, TensorBoard files, and a progress bar."""
 
 from __future__ import annotations
 

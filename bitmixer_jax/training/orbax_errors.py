@@ -1,4 +1,4 @@
-"""What orbax's failures mean: a full disk, a machine that cannot read now, or a damaged checkpoint.
+"""Sorts orbax's failures: a full disk, a machine that cannot read now, or a damaged checkpoint.
 
 Orbax and tensorstore raise many types for one cause, so the text of an error decides as well.
 """

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics, a progress bar, evaluations, and checkpoints."""
+"""Outputs of a run while it trains: metrics, a progress bar, evaluations, and checkpoints."""
 
 from __future__ import annotations
 
